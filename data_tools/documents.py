@@ -1,0 +1,332 @@
+"""Input files as a stream of documents, cut into work units that do not depend on the number of workers.
+
+    name ends in            a document is                          a unit is
+    .jsonl .ndjson .json    one line's --text-field                32 MiB of lines
+    .txt .md .rst           the whole file                         the file
+    .parquet                one row's --text-field column          one row group
+    .gz .zst (of the above  as without the suffix                  the file, streamed
+     but parquet)
+
+A line belongs to the unit in which its first byte lies. A document that cannot be used comes out as `Rejected`
+instead of a string; its reader goes on, and the caller decides (`--on-invalid`). A broken container (a corrupt gzip
+stream, a parquet file without the column) is a DataError at once: what follows it is lost.
+"""
+
+from __future__ import annotations
+
+import enum
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from data_tools.errors import DataError
+
+UNIT_BYTES = 32 << 20
+READ_BYTES = 256 << 10
+LINE_BUFFER_BYTES = 4 << 20
+UTF8_BOM = b"\xef\xbb\xbf"
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".md": "text", ".rst": "text", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstandard"}
+
+
+class Reason(enum.IntEnum):
+    """Why a document is left out; the order is part of the journal's format."""
+
+    EMPTY = 1
+    INVALID_UTF8 = 2
+    INVALID_JSON = 3
+    MISSING_TEXT = 4
+    DUPLICATE = 5
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A document that cannot be used: why, where (`line 12`, `row 3`) inside its unit, and the parser's words."""
+
+    reason: Reason
+    position: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: Path
+    kind: str
+    """`jsonl`, `text` or `parquet`."""
+    compression: str | None
+    """`gzip`, `zstandard` or None."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source: the byte range [start, stop) of a plain jsonl file, a parquet row group, or the whole file."""
+
+    source: Source
+    source_index: int
+    """Position of the source in the order given on the command line."""
+    start: int
+    stop: int
+    input_bytes: int
+    """Bytes on disk, for progress."""
+
+
+def open_sources(paths: list[Path]) -> list[Source]:
+    """Recognizes input files by their names and checks that they can be read. Raises DataError."""
+    sources = []
+    for path in paths:
+        if not path.is_file():
+            what = "is a folder, name its files (FOLDER/*.jsonl)" if path.is_dir() else "does not exist, check --input"
+            raise DataError(f"input {path} {what}")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"input {path} cannot be read: check its permissions")
+        suffix = path.suffix.lower()
+        compression = COMPRESSIONS.get(suffix)
+        inner = Path(path.stem).suffix.lower() if compression else suffix
+        kind = KINDS.get(inner)
+        if kind is None or (compression and kind == "parquet"):
+            raise DataError(
+                f"input {path}: unknown kind of file; supported are {', '.join(KINDS)} and {', '.join(COMPRESSIONS)} of all but parquet"
+            )
+        sources.append(Source(path, kind, compression))
+    return sources
+
+
+def plan_units(sources: list[Source]) -> list[Unit]:
+    """Cuts the sources into units, in input order. Raises DataError for a parquet file that cannot be opened."""
+    units = []
+    for index, source in enumerate(sources):
+        size = source.path.stat().st_size
+        if source.kind == "parquet":
+            groups = open_parquet(source.path).metadata.num_row_groups
+            units += [Unit(source, index, group, group + 1, size // groups) for group in range(groups)]
+        elif source.kind == "jsonl" and source.compression is None:
+            units += [
+                Unit(source, index, start, min(start + UNIT_BYTES, size), min(UNIT_BYTES, size - start))
+                for start in range(0, size, UNIT_BYTES)
+            ]
+        else:
+            units.append(Unit(source, index, 0, 0, size))
+    return units
+
+
+def read_unit(unit: Unit, text_field: str) -> Iterator[str | Rejected]:
+    """The documents of a unit, in order. Raises DataError when the container is broken."""
+    if unit.source.kind == "parquet":
+        yield from _read_rows(unit, text_field)
+        return
+    try:
+        with _open_bytes(unit.source) as file:
+            if unit.source.kind == "text":
+                yield _decode_text(file.read())
+            else:
+                yield from _read_lines(unit, file, text_field)
+    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{unit.source.path}: corrupt or truncated gzip data ({error}); write the file again") from error
+
+
+def describe(rejected: Rejected, unit: Unit, text_field: str) -> str:
+    """One line for a user: the file, the line or row in the whole file, what is wrong and the remedy."""
+    where = f"{unit.source.path}, {'row' if unit.source.kind == 'parquet' else 'line'} {_position_in_file(rejected, unit)}"
+    if rejected.reason is Reason.INVALID_UTF8:
+        return f"{where}: text is not UTF-8 ({rejected.detail}); convert the file or pass --on-invalid skip"
+    if rejected.reason is Reason.INVALID_JSON:
+        return f"{where}: not a JSON object ({rejected.detail}); repair the line or pass --on-invalid skip"
+    return f"{where}: no string in field {text_field!r} ({rejected.detail}); name the field with --text-field or pass --on-invalid skip"
+
+
+def _position_in_file(rejected: Rejected, unit: Unit) -> int:
+    """1-based line or row; lines before a byte range are counted only now, when somebody needs the number."""
+    if unit.source.kind == "parquet":
+        metadata = open_parquet(unit.source.path).metadata
+        return rejected.position + sum(metadata.row_group(group).num_rows for group in range(unit.start))
+    before = 0
+    if unit.start:
+        with open(unit.source.path, "rb") as file:
+            left = unit.start
+            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+                before += chunk.count(b"\n")
+                left -= len(chunk)
+            # A line that began before the range ends inside it, and is counted by the unit before.
+            file.seek(unit.start - 1)
+            before += file.read(1) != b"\n"
+    return before + rejected.position
+
+
+def _open_bytes(source: Source) -> BinaryIO:
+    if source.compression == "gzip":
+        return io.BufferedReader(gzip.open(source.path, "rb"), READ_BYTES)
+    if source.compression == "zstandard":
+        return io.BufferedReader(ZstandardFile(source.path), READ_BYTES)
+    return open(source.path, "rb")
+
+
+def _decode_text(content: bytes) -> str | Rejected:
+    try:
+        return content.removeprefix(UTF8_BOM).decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return Rejected(Reason.INVALID_UTF8, line, str(error))
+
+
+def _read_lines(unit: Unit, file: BinaryIO, text_field: str) -> Iterator[str | Rejected]:
+    import orjson
+
+    position, stop = unit.start, unit.stop or None
+    if position:
+        # The line that holds the byte before the range belongs to the unit before.
+        file.seek(position - 1)
+        position -= 1
+    lines = _split_lines(file)
+    if position:
+        position += len(next(lines, b"")) + 1
+    for number, line in enumerate(lines, 1):
+        if stop is not None and position >= stop:
+            return
+        if position == 0 and line[:3] == UTF8_BOM:
+            line = line[3:]
+            position = 3
+        position += len(line) + 1
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            content = bytes(line)
+            if content.strip():
+                yield _reject_line(content, number, str(error))
+            continue
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            yield text
+        elif isinstance(record, dict):
+            fields = ", ".join(map(str, list(record)[:8])) or "none"
+            yield Rejected(Reason.MISSING_TEXT, number, f"it holds {type(text).__name__}" if text_field in record else f"fields: {fields}")
+        else:
+            yield Rejected(Reason.INVALID_JSON, number, f"it is a {type(record).__name__}")
+
+
+def _split_lines(file: BinaryIO) -> Iterator[memoryview]:
+    """The lines of a file without their newline, each valid until the next is asked for.
+
+    They are views of one buffer that is used again and again: fresh memory for each line would cost as much as parsing it.
+    """
+    buffer = bytearray(LINE_BUFFER_BYTES)
+    start = end = 0
+    while True:
+        view = memoryview(buffer)
+        while (newline := buffer.find(b"\n", start, end)) >= 0:
+            yield view[start:newline]
+            start = newline + 1
+        rest = bytes(view[start:end])
+        if len(rest) > len(buffer) // 2:
+            buffer = bytearray(2 * len(buffer))
+            view = memoryview(buffer)
+        start, end = 0, len(rest)
+        view[:end] = rest
+        count = file.readinto(view[end:])
+        if not count:
+            if rest:
+                yield view[:end]
+            return
+        end += count
+
+
+def _reject_line(line: bytes, number: int, detail: str) -> Rejected:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return Rejected(Reason.INVALID_UTF8, number, str(error))
+    return Rejected(Reason.INVALID_JSON, number, detail)
+
+
+def open_parquet(path: Path):  # noqa: ANN201 (pyarrow is imported only where parquet is read)
+    """A `pyarrow.parquet.ParquetFile`. Raises DataError when the file is not parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({_first_line(error)}); write the file again") from error
+
+
+def _read_rows(unit: Unit, text_field: str) -> Iterator[str | Rejected]:
+    import pyarrow
+
+    file = open_parquet(unit.source.path)
+    schema = file.schema_arrow
+    if text_field not in schema.names:
+        raise DataError(
+            f"{unit.source.path}: no column {text_field!r} (columns: {', '.join(schema.names)}); name the column with --text-field"
+        )
+    kind = schema.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise DataError(f"{unit.source.path}: column {text_field!r} holds {kind}, not strings; name another column with --text-field")
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=256, row_groups=[unit.start], columns=[text_field]):
+            # Arrow does not check strings when it reads them, so they are decoded here, one by one.
+            for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                row += 1
+                if content is None:
+                    yield Rejected(Reason.MISSING_TEXT, row, "it is null")
+                    continue
+                try:
+                    yield content.decode()
+                except UnicodeDecodeError as error:
+                    yield Rejected(Reason.INVALID_UTF8, row, str(error))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{unit.source.path}: corrupt parquet data ({_first_line(error)}); write the file again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+class ZstandardFile(io.RawIOBase):
+    """A zstandard file of any number of frames. Unlike the library's own stream reader it notices a missing end."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self.path = path
+        self.file = open(path, "rb")
+        self.new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self.error = zstandard.ZstdError
+        self.frame = self.new_frame()
+        self.inside_frame = False
+        self.input = b""
+        self.output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.output:
+            if not self.input:
+                self.input = self.file.read(READ_BYTES)
+                if not self.input:
+                    if self.inside_frame:
+                        raise DataError(f"{self.path}: truncated zstandard data; write the file again")
+                    return 0
+            try:
+                self.output = memoryview(self.frame.decompress(self.input))
+            except self.error as error:
+                raise DataError(f"{self.path}: corrupt zstandard data ({error}); write the file again") from error
+            self.input = self.frame.unused_data
+            self.inside_frame = not self.frame.eof
+            if self.frame.eof:
+                self.frame = self.new_frame()
+        count = min(len(buffer), len(self.output))
+        buffer[:count] = self.output[:count]
+        self.output = self.output[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()

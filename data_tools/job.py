@@ -1,0 +1,169 @@
+"""A tokenization job on disk: what it is, whether it is finished, and what an interrupted run has left.
+
+    OUTPUT/.tokenize/job.json       identity of the job in progress
+    OUTPUT/.tokenize/hash/          one file per unit that the hash pass has finished
+    OUTPUT/.tokenize/tokens/        tokens of units that are not yet in a published shard, lengths of all
+    OUTPUT/.tokenize/shards/        one entry per published shard
+    OUTPUT/*.tar                    published shards
+    OUTPUT/manifest.json            written last; with it the job is finished and .tokenize goes away
+
+Two identities: `job_digest` (contents and options) decides whether a finished output is the one that was asked for;
+`work_state` adds modification times and library versions, and decides whether journals may be used again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from data_tools.documents import Source
+from data_tools.errors import DataError, ManifestError
+from data_tools.files import TEMPORARY_SUFFIX, disk_errors, fingerprint, write_atomically
+from data_tools.manifest import FORMAT_VERSION, MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_tools.progress import warn
+from data_tools.tokenizer import TokenizerFile
+
+WORK_FOLDER = ".tokenize"
+JOURNALS = ("hash", "tokens", "shards")
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Options of `python -m data_tools tokenize` that decide the output."""
+
+    validation_fraction: Decimal
+    """Fraction of the documents in [0, 1), decided by a hash of each document's text."""
+    text_field: str
+    on_invalid: str
+    """`error` or `skip`."""
+    backend: str
+    """`auto`, `gigatoken`, `tiktoken` or `tokenizers`."""
+    dtype: str
+    """`uint16`, `uint32`, or `auto` until the tokenizer is known."""
+    block_tokens: int
+    """A block ends with the document that brings it to this many tokens."""
+    shard_tokens: int
+    """A shard ends with the block that brings it to this many tokens."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as they stand in the manifest."""
+        return {**self.__dict__, "validation_fraction": f"{self.validation_fraction.normalize():f}"}
+
+
+class Job:
+    """A job and its output folder. `with Job(...) as job` holds the folder against other runs."""
+
+    def __init__(self, output: Path, sources: list[Source], tokenizer: TokenizerFile, options: TokenizeOptions) -> None:
+        self.output = output
+        self.work = output / WORK_FOLDER
+        self.sources = sources
+        self.source_entries = [
+            {"name": source.path.name, "bytes": source.path.stat().st_size, "fingerprint": fingerprint(source.path)} for source in sources
+        ]
+        self.identity = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": tokenizer.sha256,
+            "eod_id": tokenizer.eod_id,
+            "options": options.as_json(),
+            "sources": self.source_entries,
+        }
+        self.digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def is_finished(self, overwrite: bool) -> bool:
+        """Whether the output of exactly this job is there. Raises DataError when something else is and `overwrite` is not set."""
+        if self.output.exists() and not self.output.is_dir():
+            raise DataError(f"--output {self.output} is a file: name a folder")
+        state = self.work / "job.json"
+        if (self.output / MANIFEST_NAME).is_file():
+            return self._is_published(overwrite)
+        if state.is_file():
+            if _read_state(state).get("digest") != self.digest and not overwrite:
+                raise DataError(
+                    f"{self.output} holds an unfinished job with other inputs or options: choose another --output or pass --overwrite"
+                )
+        elif self.output.is_dir() and not self.work.is_dir() and any(self.output.iterdir()):
+            name = min(path.name for path in self.output.iterdir())
+            raise DataError(f"--output {self.output} holds other files ({name}, ...): name an empty or new folder")
+        return False
+
+    def _is_published(self, overwrite: bool) -> bool:
+        if overwrite:
+            return False
+        try:
+            found = Manifest.load(self.output)
+            if found.content["job"] == self.digest:
+                for split in found.splits:
+                    found.check_sizes(split)
+                return True
+        except ManifestError as error:
+            raise DataError(f"--output {self.output} cannot be used, choose another or pass --overwrite: {error}") from error
+        difference = _difference(found, self.identity)
+        raise DataError(f"{self.output} holds the shards of another job ({difference}): choose another --output or pass --overwrite")
+
+    def __enter__(self) -> Job:
+        with disk_errors(self.output):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.work / "lock", "wb")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.lock.close()
+            raise DataError(f"another tokenize is writing to {self.output}: wait for it or choose another --output") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()
+
+    def prepare(self, versions: dict[str, str]) -> None:
+        """Sets up the work folder: keeps an earlier run's journals where they still hold, removes what does not belong to this job.
+
+        Only files that this command wrote are removed: the manifest, the tokenizer, shards by their names, journals.
+        """
+        modified = [source.path.stat().st_mtime_ns for source in self.sources]
+        state = {"digest": self.digest, "modified": modified, "versions": versions}
+        path = self.work / "job.json"
+        found = _read_state(path) if path.is_file() else {}
+        if found != state or (self.output / MANIFEST_NAME).exists():
+            if found.get("digest") == self.digest:
+                warn("an input or a library has changed since the interrupted run: starting over")
+            (self.output / MANIFEST_NAME).unlink(missing_ok=True)
+            (self.output / TOKENIZER_NAME).unlink(missing_ok=True)
+            for split in SPLITS:
+                for shard in self.output.glob(f"{split}-*.tar"):
+                    shard.unlink()
+            for folder in JOURNALS:
+                shutil.rmtree(self.work / folder, ignore_errors=True)
+        with disk_errors(self.output):
+            for folder in JOURNALS:
+                (self.work / folder).mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(state).encode())
+        for leftover in self.work.rglob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+
+    def finish(self) -> None:
+        """Removes the work folder, after the manifest has been published."""
+        shutil.rmtree(self.work)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state of an interrupted run; empty, so that nothing of it is used, when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+
+
+def _difference(found: Manifest, wanted: dict[str, Any]) -> str:
+    """Names what distinguishes a finished output from the job that was asked for."""
+    if found.tokenizer_sha256 != wanted["tokenizer"] or found.eod_id != wanted["eod_id"]:
+        return "another tokenizer"
+    if [{key: source[key] for key in ("name", "bytes", "fingerprint")} for source in found.content["sources"]] != wanted["sources"]:
+        return "other inputs"
+    changed = [key for key, value in wanted["options"].items() if found.content["options"].get(key) != value]
+    return f"options: {', '.join(changed)}" if changed else "another format"

@@ -1,0 +1,1 @@
+"""Everything that adapts another library, in one place, each entry with its reason."""

@@ -1,0 +1,125 @@
+"""Megatron-Core on machines without CUDA.
+
+Megatron-Core's layers, groups and schedules run on a CPU with gloo, but some modules name the CUDA device literally. Where
+an option or a spec slot avoids the code (`use_cpu_initialization`, no fusions, own norm and attention) that road is taken.
+What is left is listed in `PATCHES`: in each named module, and only there, the global name `torch` is replaced by a view of
+torch whose CUDA device is the CPU. Neither torch itself nor any other library sees a change, and nothing is replaced where
+CUDA exists.
+"""
+
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+
+import torch
+
+_CPU = torch.device("cpu")
+
+PATCHES = {
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": "inv_freq goes to torch.cuda.current_device() (line 162)",
+    "megatron.core.tensor_parallel.layers": "sequence-parallel buffers on torch.cuda.current_device() (lines 552, 597)",
+    "megatron.core.tensor_parallel.mappings": "gather and scatter buffers on torch.cuda.current_device() (lines 91, 141, 181)",
+    "megatron.core.tensor_parallel.random": "the RNG tracker keeps CUDA generator states (line 190)",
+    "megatron.core.utils": "GlobalMemoryBuffer allocates on torch.cuda.current_device() (line 631)",
+    "megatron.core.pipeline_parallel.schedules": 'total_num_tokens on device="cuda" (lines 596, 983, 2138)',
+    "megatron.core.pipeline_parallel.p2p_communication": "receive buffers on torch.cuda.current_device() (lines 313, 321)",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "torch.cuda.synchronize before writing (line 230)",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "failure flag on torch.cuda.current_device() (line 252)",
+}
+"""Module -> what in it needs CUDA. Line numbers are those of megatron-core 0.16.1."""
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "randn", "rand")
+
+
+class _CudaView(types.ModuleType):
+    """torch.cuda for a process whose only device is the CPU; everything not defined here is torch.cuda's own."""
+
+    def __init__(self):
+        super().__init__("torch.cuda")
+
+    def __getattr__(self, name):
+        return getattr(torch.cuda, name)
+
+    current_device = staticmethod(lambda: _CPU)
+    synchronize = staticmethod(lambda device=None: None)
+    get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+    manual_seed = staticmethod(lambda seed: torch.default_generator.manual_seed(seed) and None)
+
+
+class _TorchView(types.ModuleType):
+    """torch, with `.cuda` replaced and device="cuda" read as the CPU by the tensor factories."""
+
+    def __init__(self):
+        super().__init__("torch")
+        self.cuda = _CudaView()
+        for name in _FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _on_cpu(factory):
+        def create(*args, **kwargs):
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return create
+
+
+_VIEW = _TorchView()
+
+
+def needed() -> bool:
+    """Whether this process has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def enable() -> None:
+    """Apply `PATCHES`, switch Megatron's jit fuser off and keep its RNG states with the CPU generator. No-op with CUDA."""
+    if not needed():
+        return
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+    for name in PATCHES:
+        importlib.import_module(name).torch = _VIEW
+    _use_cpu_generator()
+
+
+def _use_cpu_generator() -> None:
+    """Megatron's tracker reads and writes generator states through these two functions; recompute needs them too.
+
+    Its `fork` also warns when the CPU generator moved inside, which is meant here, so the tracker's own fork is replaced.
+    """
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    random.CudaRNGStatesTracker.fork = fork
+
+
+@contextlib.contextmanager
+def without(name: str) -> Iterator[None]:
+    """Run with one entry of `PATCHES` undone: a test holds that it is still needed."""
+    module = importlib.import_module(name)
+    module.torch = torch
+    try:
+        yield
+    finally:
+        module.torch = _VIEW

@@ -1,0 +1,172 @@
+"""What the user may say about sparsity and quantization, and what it means for one projection.
+
+Projections have the same names everywhere (recipes, metrics, plan): `layers.<i>.attention.qkv`, `layers.<i>.attention.proj`,
+`layers.<i>.mlp.gate_up`, `layers.<i>.mlp.down`, with <i> counted from 0 over the whole model. `layers.-1.*` is the last layer.
+"""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Literal
+
+from megatron_qsparse.ops.counts import keep_count
+
+Mode = Literal["groups", "block", "global"]
+PROJECTIONS = ("attention.qkv", "attention.proj", "mlp.gate_up", "mlp.down")
+ROW_PROJECTIONS = ("attention.proj", "mlp.down")
+"""Projections whose input features are sharded over the tensor-parallel ranks."""
+
+
+@dataclass(kw_only=True)
+class RecipeRule:
+    """Settings for the projections whose name matches `match`; the first rule that matches wins."""
+
+    match: str
+    """Shell-style pattern on the projection's name, e.g. "layers.0.*", "layers.-1.*", "*.mlp.down"."""
+    keep: float | None = None
+    """Kept fraction in (0, 1]; 1.0 leaves the projection dense. Unset: as in `qsparse.keep`."""
+    bitnet: bool | None = None
+    """Whether the projection is 1.58 bit. Unset: as in `bitnet.enabled`."""
+
+
+@dataclass(kw_only=True)
+class QSparseConfig:
+    """Top-K sparsification of the inputs of the linear layers (Q-Sparse, arXiv 2407.10969)."""
+
+    keep: float = 1.0
+    """Kept fraction of the features of each token, in (0, 1]; 1.0 is dense. Read as a decimal: 0.7 is exactly 7/10."""
+    mode: Mode = "groups"
+    """How inputs sharded over tensor-parallel ranks (attention.proj, mlp.down) are selected. "groups": K of each of `groups`
+    equal slices. "block": N of every M consecutive features, for every projection (Block Q-Sparse). "global": the exact K
+    largest of the whole width, at the price of a few small all-reduces. The other projections see the whole width and keep
+    its exact K (groups, global). Every mode has one meaning for every tensor-parallel size."""
+    groups: int = 8
+    """Number of slices of a sharded input in mode "groups". Part of the model: it must be a multiple of the tensor-parallel
+    size and divide the widths. 1 gives the paper's selection over the whole width, on one tensor-parallel rank."""
+    block_n: int | None = None
+    """N of N:M in mode "block". Unset: derived from `keep`. If set, it must agree with `keep`."""
+    block_m: int = 32
+    """M of N:M in mode "block": features of a block. It must divide every rank's share of the widths."""
+    rescale: Literal["none", "l2"] = "none"
+    """"l2" gives each masked token the l2 norm it had before the mask. The authors' own code has none."""
+    recipe: list[RecipeRule] = field(default_factory=list)
+    """Per-projection exceptions, first match wins, e.g. [{match: layers.0.*, keep: 1.0}]."""
+
+
+@dataclass(kw_only=True)
+class BitNetConfig:
+    """1.58-bit linear layers: ternary weights (absmean) times int8 activations (absmax per token)."""
+
+    enabled: bool = False
+    """Quantize the projections of every layer. Embedding, head, norms and attention scores stay in full precision."""
+    subln: bool = False
+    """SubLN: a norm before attention.proj and mlp.down, over the full width (BitNet b1.58 2B4T)."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How one model is spread over processes. What remains of the world size is data parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: every linear is split over them."""
+    pipeline: int = 1
+    """Pipeline stages, scheduled 1F1B."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals are split along the sequence over the tensor-parallel ranks."""
+    expert: int = 1
+    """Expert-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSettings:
+    """What one projection of one layer does to its input and its weight; made by `resolve`."""
+
+    name: str
+    """e.g. "layers.3.mlp.down"."""
+    projection: str
+    """One of `PROJECTIONS`."""
+    keep: Fraction = Fraction(1)
+    """Kept fraction, exact; 1 means no mask."""
+    mode: Mode = "groups"
+    groups: int = 1
+    """Slices of the full width: 1 for inputs that are whole on every rank and in mode "global", width/M for blocks."""
+    rescale: bool = False
+    quantized: bool = False
+    subln: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        return self.keep < 1
+
+    def k(self, width: int) -> int:
+        """Features kept in each of the `groups` slices of a token of `width` features."""
+        return keep_count(self.keep, width // self.groups)
+
+
+def resolve(layer: int, num_layers: int, projection: str, width: int, qsparse: QSparseConfig, bitnet: BitNetConfig) -> ProjectionSettings:
+    """Settings of one projection. layer: 0-based; width: its full input width. Assumes `problems()` found nothing."""
+    rule = _first_match(layer, num_layers, projection, qsparse.recipe)
+    keep = qsparse.keep if rule is None or rule.keep is None else rule.keep
+    quantized = bitnet.enabled if rule is None or rule.bitnet is None else rule.bitnet
+    row = projection in ROW_PROJECTIONS
+    groups = 1
+    if qsparse.mode == "block":
+        groups = width // qsparse.block_m
+    elif qsparse.mode == "groups" and row:
+        groups = qsparse.groups
+    keep = Fraction(str(keep))
+    return ProjectionSettings(
+        name=f"layers.{layer}.{projection}", projection=projection, keep=keep, mode=qsparse.mode, groups=groups,
+        rescale=qsparse.rescale == "l2" and keep < 1, quantized=quantized, subln=bitnet.subln and row,
+    )  # fmt: skip
+
+
+def _first_match(layer: int, num_layers: int, projection: str, recipe: list[RecipeRule]) -> RecipeRule | None:
+    names = (f"layers.{layer}.{projection}", f"layers.{layer - num_layers}.{projection}")
+    return next((rule for rule in recipe if any(fnmatchcase(name, rule.match) for name in names)), None)
+
+
+def problems(qsparse: QSparseConfig, bitnet: BitNetConfig, widths: dict[str, int], num_layers: int, tensor_parallel: int) -> list[str]:
+    """Everything in these settings that cannot work, in words. widths: full input width of each projection."""
+    found = []
+    for where, keep in [("qsparse.keep", qsparse.keep), *((f"qsparse.recipe[{i}].keep", r.keep) for i, r in enumerate(qsparse.recipe))]:
+        if keep is not None and not 0 < keep <= 1:
+            found.append(f"{where}={keep}: the kept fraction must lie in (0, 1]; 1.0 is dense")
+    for i, rule in enumerate(qsparse.recipe):
+        if not any(_first_match(n, num_layers, p, [rule]) for n in range(num_layers) for p in PROJECTIONS):
+            found.append(f"qsparse.recipe[{i}].match={rule.match!r} matches no projection; names are like layers.0.mlp.down")
+    if qsparse.groups < 1 or qsparse.block_m < 1:
+        found.append(f"qsparse.groups={qsparse.groups} and qsparse.block_m={qsparse.block_m} must be at least 1")
+    if found:
+        return found
+    return _block_problems(qsparse) + _width_problems(qsparse, widths, tensor_parallel)
+
+
+def _block_problems(qsparse: QSparseConfig) -> list[str]:
+    if qsparse.block_n is None:
+        return []
+    if qsparse.mode != "block":
+        return [f"qsparse.block_n={qsparse.block_n} has no effect in mode {qsparse.mode!r}: set qsparse.mode=block or leave it out"]
+    n = keep_count(qsparse.keep, qsparse.block_m)
+    if n != qsparse.block_n:
+        return [f"qsparse.block_n={qsparse.block_n} contradicts qsparse.keep={qsparse.keep}, which keeps {n} of "
+                f"{qsparse.block_m}: set qsparse.keep={qsparse.block_n / qsparse.block_m:g} or leave block_n out"]  # fmt: skip
+    return []
+
+
+def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], tensor_parallel: int) -> list[str]:
+    keeps = [qsparse.keep, *(rule.keep for rule in qsparse.recipe if rule.keep is not None)]
+    if all(keep == 1 for keep in keeps):
+        return []
+    found = []
+    if qsparse.mode == "groups" and qsparse.groups % tensor_parallel:
+        found.append(f"qsparse.groups={qsparse.groups} is not a multiple of parallel.tensor={tensor_parallel}; groups are part of the "
+                     "model, so choose them before training for the largest tensor-parallel size you will use")  # fmt: skip
+    for projection, width in widths.items():
+        row = projection in ROW_PROJECTIONS
+        if qsparse.mode == "block" and width % (qsparse.block_m * (tensor_parallel if row else 1)):
+            share = f"{width}/{tensor_parallel}" if row else f"{width}"
+            found.append(f"qsparse.block_m={qsparse.block_m} does not divide the {share} input features of {projection} on a rank")
+        if qsparse.mode == "groups" and row and width % qsparse.groups:
+            found.append(f"qsparse.groups={qsparse.groups} does not divide the {width} input features of {projection}")
+    return found

@@ -1,0 +1,1 @@
+"""Megatron-Core modules with sparse and 1-bit linears, chosen through layer specs; Megatron itself is not modified."""

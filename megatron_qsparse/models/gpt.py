@@ -1,0 +1,56 @@
+"""Megatron-Core's GPTModel from a ModelConfig: the configuration it needs, and this process's part of the network."""
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_qsparse.config import BitNetConfig, ParallelConfig, QSparseConfig
+from megatron_qsparse.layers.mlp import ACTIVATIONS
+from megatron_qsparse.layers.specs import block_spec
+from megatron_qsparse.models.config import ModelConfig
+from megatron_qsparse.models.initialization import initialize_by_name
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: bool = False) -> TransformerConfig:
+    """Megatron's configuration of a resolved ModelConfig (`apply_preset`).
+
+    All fusions that need CUDA extensions are off: the same code runs on every device. Weights are created on the CPU, since
+    `initialize_by_name` makes them equal for every layout.
+    """
+    recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    return TransformerConfig(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
+        normalization="RMSNorm", layernorm_epsilon=model.norm_eps, add_bias_linear=False,
+        gated_linear_unit=True, activation_func=ACTIVATIONS[model.activation],
+        attention_dropout=0.0, hidden_dropout=0.0, init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert, sequence_parallel=parallel.sequence,
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True, perform_initialization=True, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
+        bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
+        deallocate_pipeline_outputs=True, batch_p2p_comm=False, **recomputation,
+    )  # fmt: skip
+
+
+def build_model(
+    model: ModelConfig, qsparse: QSparseConfig, bitnet: BitNetConfig, parallel: ParallelConfig, *,
+    sequence_length: int, dtype: torch.dtype, seed: int, device: torch.device, recompute: bool = False,
+) -> GPTModel:  # fmt: skip
+    """This rank's tensor-parallel shard of this rank's pipeline stage, with initial weights that no layout changes.
+
+    Megatron's process groups must exist. The model maps (tokens [batch, sequence], position_ids, None, labels) to the loss of
+    each token [batch, sequence], fp32.
+    """
+    config = transformer_config(model, parallel, dtype, recompute)
+    gpt = GPTModel(
+        config, block_spec(config, qsparse, bitnet), vocab_size=model.vocab_size, max_sequence_length=sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True, share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="rope", rotary_base=model.rope_base,
+    )  # fmt: skip
+    initialize_by_name(gpt, seed, std=model.init_std, residual_std=model.init_std / math.sqrt(2 * model.num_layers))
+    return gpt.to(device)

@@ -1,0 +1,74 @@
+"""Megatron's pipeline schedule around a DeepSpeed engine.
+
+The schedule runs all micro-batches of a step (1F1B with pipeline stages) and divides each loss by their number; the engine
+only sees forwards and backwards, and one `step()` afterwards.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+
+class ScheduledModel(nn.Module):
+    """What the schedule calls. DeepSpeedEngine's own `config` attribute is DeepSpeed's and would shadow the TransformerConfig.
+
+    DeepSpeed resets its per-backward bookkeeping in forward; in 1F1B two backwards follow each other without a forward, and
+    the second would lose its epilogue (a wrong gradient norm with bf16 or ZeRO-2). A hook on the output, which runs first in
+    the backward of its micro-batch, resets it there.
+    """
+
+    def __init__(self, engine, model: nn.Module):
+        super().__init__()
+        # Not registered as submodules: the engine already owns the parameters.
+        self.__dict__.update(engine=engine, inner=model)
+        self.config, self.model_type = model.config, model.model_type
+
+    def set_input_tensor(self, tensor):
+        self.inner.set_input_tensor(tensor)
+
+    def forward(self, *args, **kwargs):
+        output = self.engine(*args, **kwargs)
+        if output.requires_grad:
+            output.register_hook(self._before_backward)
+        return output
+
+    def _before_backward(self, grad):
+        self.engine.optimizer.clear_backward_seen_flag()
+
+
+def run_micro_batches(
+    model: nn.Module, batches: Iterator[torch.Tensor], num_micro_batches: int, micro_batch_size: int, sequence_length: int, train: bool
+) -> torch.Tensor:
+    """Forward (and backward where `train`) of `num_micro_batches`; batches: int64 [micro_batch_size, sequence_length + 1] each.
+
+    Returns the mean loss per token over this data-parallel rank's micro-batches, fp32 []; on every pipeline stage.
+    """
+
+    def forward_step(iterator, scheduled):
+        tokens = next(iterator)
+        positions = torch.arange(sequence_length, device=tokens.device).expand(tokens.shape[0], -1)
+        losses = scheduled(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+        return losses, _mean_loss
+
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=batches, model=[model], num_microbatches=num_micro_batches,
+        seq_length=sequence_length, micro_batch_size=micro_batch_size, forward_only=not train,
+    )  # fmt: skip
+    device = next(model.inner.parameters()).device
+    loss = torch.zeros((), dtype=torch.float32, device=device)
+    if parallel_state.is_pipeline_last_stage():
+        loss = torch.stack(results).mean()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            loss, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+    return loss
+
+
+def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss for the backward, copy for the log): Megatron divides the first in place by the number of micro-batches."""
+    loss = losses.float().mean()
+    return loss, loss.detach().clone()

@@ -1,0 +1,136 @@
+"""DeepSpeed ZeRO around Megatron's schedule: Megatron owns layers, groups and micro-batches, DeepSpeed the optimizer over DP."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from megatron_qsparse.compat import deepspeed
+from megatron_qsparse.layers.meter import SparsityMeters
+from megatron_qsparse.layers.ternary import TernaryWeights
+from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks, reduce_shared_embedding, shared_embedding
+from megatron_qsparse.parallel.groups import ModelParallelUnit
+from megatron_qsparse.parallel.schedule import ScheduledModel, run_micro_batches
+
+SUPPORTED_STAGES = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """AdamW; the learning rate and weight decay come with every step."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    clip: float
+    """Global gradient norm above which gradients are scaled down; 0 disables clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    loss: float
+    """Mean loss per token over the whole global batch, nat."""
+    grad_norm: float
+    """Global l2 norm of the gradient before clipping; inf where it was not finite."""
+    applied: bool
+    """False where the gradient was not finite and the optimizer left the weights alone."""
+
+
+class ZeroEngine:
+    """A model under ZeRO. bf16 keeps fp32 master weights and accumulates gradients in fp32.
+
+    model: from `build_model`, on its device. stage: 1 or 2. Weight decay applies to matrices, not to norm weights.
+    """
+
+    def __init__(self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int):
+        if stage not in SUPPORTED_STAGES:
+            raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
+        self.model, self.stage = model, stage
+        self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
+        self.device = next(model.parameters()).device
+        self.ternary = TernaryWeights(model.modules())
+        self.meters = SparsityMeters(model.modules(), self.device)
+        if model.config.sequence_parallel:
+            install_sequence_parallel_hooks(model)
+        self._shared_embedding = shared_embedding(model)
+        model.config.finalize_model_grads_func = self._finalize_gradients
+        self.engine = deepspeed.initialize(
+            model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
+            config=self._deepspeed_config(adam.clip),
+        )  # fmt: skip
+        self._scheduled = ScheduledModel(self.engine, model)
+
+    @property
+    def optimizer(self):
+        """DeepSpeed's ZeRO optimizer; its `.optimizer` is the AdamW over flat fp32 partitions."""
+        return self.engine.optimizer
+
+    def _adamw(self, adam: AdamSettings) -> torch.optim.AdamW:
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() > 1], "decay": True},
+            {"params": [p for p in params if p.dim() == 1], "decay": False},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+
+    def _deepspeed_config(self, clip: float) -> dict:
+        bf16 = self.model.config.params_dtype == torch.bfloat16
+        return {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            # The schedule accumulates; DeepSpeed must not count micro-batches (DeepSpeed issue 8183).
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "zero_optimization": {"stage": self.stage},
+            "gradient_clipping": clip,
+            "steps_per_print": 1 << 60,
+            **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        }
+
+    def train_step(self, batches: Iterator[torch.Tensor], num_micro_batches: int, lr: float, weight_decay: float) -> StepResult:
+        """One optimizer step. batches yields this rank's micro-batches, int64 [micro_batch_size, sequence_length + 1]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        loss = self._run(batches, num_micro_batches, train=True)
+        self.engine.step()
+        self.weights_changed()
+        grad_norm = self.engine.get_global_grad_norm()
+        return StepResult(
+            loss=_data_parallel_mean(loss), grad_norm=float(grad_norm), applied=not getattr(self.optimizer, "overflow", False)
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[torch.Tensor], num_micro_batches: int) -> float:
+        """Mean loss per token of these micro-batches over all data-parallel ranks, nat; every rank must pass as many."""
+        self.engine.eval()
+        try:
+            return _data_parallel_mean(self._run(batches, num_micro_batches, train=False))
+        finally:
+            self.engine.train()
+
+    def weights_changed(self) -> None:
+        """Weights were written (step, load, roll-back): ternary codes are made anew at the next forward."""
+        self.ternary.invalidate()
+
+    def _run(self, batches: Iterator[torch.Tensor], num_micro_batches: int, train: bool) -> torch.Tensor:
+        return run_micro_batches(self._scheduled, batches, num_micro_batches, self.micro_batch_size, self.sequence_length, train)
+
+    def _finalize_gradients(self, *_, **__) -> None:
+        """Called by the schedule after the last backward; the data-parallel reduction is DeepSpeed's and happens in step()."""
+        if self._shared_embedding is not None:
+            reduce_shared_embedding(self._shared_embedding, self.optimizer)
+
+
+def _data_parallel_mean(value: torch.Tensor) -> float:
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value.item() / parallel_state.get_data_parallel_world_size()

@@ -1,0 +1,114 @@
+"""Compare tracked runs: prints a table, writes runs.json, curves.png and index.html.
+
+python -m pretrain.compare --experiment quickstart --output report/
+python -m pretrain.compare --experiment sweep --runs dense keep_0.4 --baseline dense --uri http://tracking:5000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, or 2 when there is nothing to compare)."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.compare", description="Compare the runs of an MLflow experiment.")
+    parser.add_argument("--experiment", required=True, help="MLflow experiment that holds the runs")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")
+    parser.add_argument("--uri", default="", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="names of the runs to compare (default: all)")
+    parser.add_argument("--baseline", metavar="NAME", help="run the gaps refer to (default: the dense one, keep 1.0 without BitNet)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    from pretrain.compare.load import ComparisonError, load_runs
+
+    try:
+        selection = load_runs(options.uri, options.experiment, options.runs)
+        return report(selection, options.baseline, options.output)
+    except (ComparisonError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(selection: Any, baseline_name: str | None, output: Path) -> int:
+    """Print the comparison and write its files; returns the exit code."""
+    from pretrain.compare.figures import draw
+    from pretrain.compare.load import ComparisonError
+    from pretrain.compare.page import build_page
+    from pretrain.compare.table import find_baseline, format_table, summarize
+    from pretrain.compare.ui import charts_link, serve_command
+
+    baseline = find_baseline(selection.runs, baseline_name)
+    if baseline is None and baseline_name is not None:
+        known = ", ".join(run.name for run in selection.runs)
+        raise ComparisonError(f"the baseline {baseline_name!r} is not among the compared runs ({known})")
+    if baseline is None:
+        selection.notes.append("no run is dense (qsparse.keep 1.0, bitnet.enabled false), so there are no gaps: choose one with --baseline")
+    else:
+        selection.runs.sort(key=lambda run: run is not baseline)
+    summaries = [summarize(run, baseline) for run in selection.runs]
+    link, command = charts_link(selection), serve_command(selection.uri)
+
+    output.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(runs_json(selection, summaries, baseline), indent=1, allow_nan=False)
+    (output / "runs.json").write_text(content + "\n")
+    draw(selection.runs, baseline, output / "curves.png")
+    (output / "index.html").write_text(build_page(selection, summaries, baseline, command, link))
+
+    print(format_table(summaries, baseline))
+    print("\ntrain loss: mean of the last 5 logged points; one seed does not rank the runs (seeds differ by 0.004 to 0.034 nat)")
+    for note in selection.notes:
+        print(f"note: {note}")
+    print(f"\nreport: {output / 'index.html'} (with curves.png and runs.json)")
+    print("in MLflow:" + (f"\n  {command}\n  then open" if command else ""), link)
+    return 0
+
+
+def runs_json(selection: Any, summaries: list[Any], baseline: Any) -> dict[str, Any]:
+    """Everything the report rests on, in full precision; NaN and infinities as strings, as in the journal."""
+    from pretrain.compare.table import as_dict, differing_settings
+
+    runs = [
+        {
+            "name": run.name,
+            "run_id": run.run_id,
+            "status": run.status,
+            "started_ms": run.started_ms,
+            "summary": {key: value for key, value in as_dict(summary).items() if key != "run"},
+            "params": run.params,
+            "tags": run.tags,
+            "history": {name: {"steps": curve.steps, "values": curve.values} for name, curve in run.history.items()},
+        }
+        for run, summary in zip(selection.runs, summaries, strict=True)
+    ]
+    content = {
+        "format_version": FORMAT_VERSION,
+        "experiment": selection.experiment,
+        "baseline": baseline.name if baseline else None,
+        "notes": selection.notes,
+        "differing_settings": differing_settings(selection.runs),
+        "runs": runs,
+    }
+    return _with_text_for_non_finite(content)
+
+
+def _with_text_for_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_text_for_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_text_for_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The configuration of a run: one dataclass per component, read from YAML and the command line by jsonargparse.
+
+    torchrun --nproc-per-node 2 -m pretrain.train --config pretrain/configs/tiny_qsparse.yaml --optimizer.lr 1e-3
+
+A misspelt key is an error. Importing this module is cheap; torch is not needed to read, print or validate a configuration.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_qsparse.config import BitNetConfig, ParallelConfig, QSparseConfig
+from megatron_qsparse.models.config import ModelConfig
+from pretrain.tracking.tracker import TrackingConfig
+
+FORMAT_VERSION = 1
+"""Of config.yaml as saved in run directories and checkpoints."""
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO: what is sharded over the data-parallel ranks."""
+
+    stage: int = 1
+    """1: optimizer states and fp32 master weights. 2: gradients as well."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Tokenized shards made by `python -m data_tools tokenize`."""
+
+    path: str = ""
+    """Directory of the shards and their manifest.json."""
+    sequence_length: int = 2048
+    """Tokens of a training sample."""
+    window_shards: int = 2
+    """Shards whose samples are shuffled together; more is a better shuffle and more open files. Part of the sample order."""
+    workers: int = 0
+    """Reader processes per rank; 0 reads in the training process, which suffices for local disks."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What is trained, for how long, in which precision."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of initial weights and sample order."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: int = 8
+    """Samples of one optimizer step over all ranks; what one rank does not hold at once is accumulated."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    deterministic: bool = False
+    """Deterministic GPU kernels, at a price in speed. CPU runs are deterministic at a fixed number of threads."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward instead of keeping them."""
+    log_interval: int = 10
+    """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norm weights have none."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 disables clipping."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate (and weight decay) over the steps."""
+
+    kind: Literal["cosine", "linear", "polynomial", "wsd", "two_stage"] = "cosine"
+    """After the warm-up: cosine, linear or polynomial decay to `min_lr`; "wsd": constant, then linear decay over the last
+    `decay_steps`; "two_stage" (BitNet): linear decay from optimizer.lr that changes, half-way, to the one from `second_lr`
+    and to no weight decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr: float = 0.0
+    """Learning rate at the last step (cosine, linear, polynomial, wsd)."""
+    power: float = 1.0
+    """Exponent of "polynomial"."""
+    decay_steps: int = 0
+    """Steps of the final decay of "wsd"."""
+    second_lr: float = 0.0
+    """Peak of the second stage of "two_stage"."""
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Loss on held-out samples, the same ones for every run and layout."""
+
+    interval: int = 0
+    """Steps between validations; 0 validates after the last step only."""
+    samples: int = 256
+    """Evenly spaced samples of the validation split; rounded down to a multiple of train.global_batch_size."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints in OUTPUT_DIR/checkpoints."""
+
+    interval: int = 0
+    """Steps between checkpoints; 0 saves after the last step and on a signal only."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """A pretraining run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    qsparse: QSparseConfig = field(default_factory=QSparseConfig)
+    bitnet: BitNetConfig = field(default_factory=BitNetConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    output_dir: str = ""
+    """Run directory: config.yaml, metrics.jsonl, checkpoints/, run_id. Training goes on from the newest complete checkpoint
+    in it. Unset: runs/<tracking.run_name>."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a device."""
+    format_version: int = FORMAT_VERSION
+    """Of this file; written by the program."""
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.tracking.run_name or 'default'}")
+
+
+def parse(args: list[str] | None = None, prog: str | None = None, description: str | None = None) -> PretrainConfig:
+    """Read `--config FILE` and dotted overrides. Exits with status 2 and the reason on a key or value that does not fit."""
+    parser = make_parser(prog, description)
+    values = parser.instantiate(parser.parse_args(args))
+    return PretrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(PretrainConfig)})
+
+
+def make_parser(prog: str | None = None, description: str | None = None):
+    """jsonargparse parser whose keys are the fields of PretrainConfig."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override what it says")
+    parser.add_class_arguments(PretrainConfig, nested_key=None)
+    return parser
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """Nested plain values, as saved in config.yaml."""
+    return dataclasses.asdict(config)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"qsparse": {"keep": 0.4}} -> {"qsparse.keep": 0.4}; lists stay values."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def dump_yaml(config: PretrainConfig) -> str:
+    """What `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

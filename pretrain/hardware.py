@@ -1,0 +1,28 @@
+"""Devices: which one a process uses and what it could do at best."""
+
+import os
+
+import torch
+
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+"""Dense bf16 tensor-core FLOP/s by the vendor's data sheets (SXM), for model FLOPs utilization."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """wanted: auto, cpu or cuda. CUDA devices are taken by LOCAL_RANK. Raises RuntimeError where cuda is asked for and missing."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise RuntimeError("device=cuda, but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 FLOP/s of one device; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_BF16_FLOPS.items() if model in name), None)

@@ -1,0 +1,132 @@
+"""One process of a run: groups, model, engine, data, callbacks, loop, and an orderly end."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader
+
+from data_tools.reader import TokenDataset
+from data_tools.stats import unigram_entropy
+from megatron_qsparse.models.accounting import parameters
+from megatron_qsparse.models.gpt import build_model
+from megatron_qsparse.parallel import groups
+from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
+from pretrain.callbacks.checkpointing import SaveCheckpoints, resume
+from pretrain.callbacks.metrics import LogMetrics
+from pretrain.callbacks.signals import StopOnSignal
+from pretrain.callbacks.validation import Validate
+from pretrain.checkpoints import CheckpointDirectory
+from pretrain.config import dump_yaml, flatten, to_dict
+from pretrain.hardware import choose_device
+from pretrain.tracking import DatasetInput, Tracker, collect_environment
+from pretrain.trainer import Trainer, TrainerState
+from pretrain.validate import Validated
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Refused(RuntimeError):
+    """The run cannot start, for a reason that the message tells the user."""
+
+
+def run(validated: Validated) -> int:
+    """Train to the end, or until a signal. Returns the exit status."""
+    config = validated.config
+    try:
+        device = choose_device(config.device)
+        groups.initialize(config.parallel, device, config.train.seed)
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    signals = StopOnSignal(device)
+    engine = build_engine(validated, device)
+    checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
+    try:
+        resumed = resume(engine, checkpoints, validated)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    state = resumed or TrainerState()
+    if state.step >= config.train.steps:
+        _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
+        groups.destroy()
+        return 0
+    tracker = _start_tracking(validated, state, resumed is not None) if dist.get_rank() == 0 else None
+    callbacks = [signals, Validate(validated, device), LogMetrics(validated, tracker, device), SaveCheckpoints(checkpoints, validated)]
+    trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
+    status = "FAILED"
+    try:
+        trainer.fit()
+        status = "FINISHED" if trainer.finished else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None:
+            tracker.close(status)
+    if trainer.stop_reason:
+        _say(f"{trainer.stop_reason}: checkpoint saved after step {state.step}; start again to go on from there")
+    groups.destroy()
+    return 0
+
+
+def build_engine(validated: Validated, device: torch.device) -> ZeroEngine:
+    """Model and optimizer of this rank; Megatron's groups must exist."""
+    config = validated.config
+    model = build_model(
+        validated.model, config.qsparse, config.bitnet, config.parallel, sequence_length=config.data.sequence_length,
+        dtype=DTYPES[config.train.precision], seed=config.train.seed, device=device, recompute=config.train.recompute,
+    )  # fmt: skip
+    optimizer = config.optimizer
+    adam = AdamSettings(beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps, clip=optimizer.clip)
+    return ZeroEngine(
+        model, stage=config.zero.stage, adam=adam,
+        micro_batch_size=config.train.micro_batch_size, sequence_length=config.data.sequence_length,
+    )  # fmt: skip
+
+
+def _batches(validated: Validated, state: TrainerState, device: torch.device) -> Iterator[torch.Tensor]:
+    """This rank's micro-batches from the first sample that was not consumed yet."""
+    config = validated.config
+    dataset = TokenDataset(
+        config.data.path, "train", config.data.sequence_length, config.train.seed, config.train.micro_batch_size,
+        config.train.global_batch_size, data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=validated.data_parallel, consumed_samples=state.consumed_samples, window_shards=config.data.window_shards,
+    )  # fmt: skip
+    for batch in DataLoader(dataset, batch_size=None, num_workers=config.data.workers):
+        yield batch["tokens"].to(device)
+
+
+def _start_tracking(validated: Validated, state: TrainerState, resumed: bool) -> Tracker:
+    config, manifest = validated.config, validated.manifest
+    directory = config.run_directory
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_yaml(config))
+    data = DatasetInput(name=config.data.path, digest=manifest.digest, source=config.data.path, context="training")
+    tracker = Tracker(
+        config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
+        tags=collect_environment(), datasets=[data], artifacts=[directory / "config.yaml"],
+        resumed_from_step=state.step if resumed else None,
+    )  # fmt: skip
+    count = parameters(validated.model, subln=config.bitnet.subln)
+    _say(
+        f"{directory}: {count.total:,} parameters ({count.linear:,} in the layers' linears), {dist.get_world_size()} processes, "
+        f"{validated.data_parallel} data-parallel, {validated.num_micro_batches} micro-batches of {config.train.micro_batch_size} "
+        f"samples each, {config.train.global_batch_size * config.data.sequence_length:,} tokens a step"
+    )
+    if resumed:
+        _say(f"going on after step {state.step}, {state.consumed_samples:,} samples")
+    else:
+        tracker.log(
+            {"model/parameters": count.total, "data/validation_unigram_entropy": unigram_entropy(config.data.path, "validation")}, step=0
+        )
+    return tracker
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

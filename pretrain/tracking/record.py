@@ -1,0 +1,171 @@
+"""run.json: what MLflow is to know about a run besides its metrics, kept locally until a server takes it.
+
+Parameters, tags, data sets, artifacts and the status are journaled like the metrics are, so that a run that never saw a
+server can be created there later, complete.
+
+MLflow parameters can be written once. The first session's values therefore stay; on the N-th resume each value that
+differs from the one in force becomes the tag `resume.N.<name>`, for parameters and tags alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+RECORD_NAME = "run.json"
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInput:
+    """A data set the run reads, shown by MLflow beside the run."""
+
+    name: str
+    """What people call it, such as the folder of the shards."""
+    digest: str
+    """Content hash; MLflow keeps the first 36 characters as the digest and the whole of it in the profile."""
+    source: str
+    """Path or URL of the manifest."""
+    context: str = "training"
+    """What the run uses it for: training, validation, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file to upload; `folder` is the artifact folder it goes to ("" is the root)."""
+
+    path: str
+    folder: str
+    sha256: str
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """The content of run.json."""
+
+    experiment: str
+    run_name: str
+    uri: str
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tag `tracking.key` of the MLflow run: finds the run again when a server created it but its answer was lost."""
+    started_ms: int = 0
+    ended_ms: int | None = None
+    status: str = "RUNNING"
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[DatasetInput] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    journal_bytes_at_resume: list[int] = field(default_factory=list)
+    """One entry a resume: the size metrics.jsonl was cut to. Shipping goes back to it if it was further."""
+
+    @classmethod
+    def load(cls, run_directory: Path) -> RunRecord:
+        """Read RUN_DIR/run.json.
+
+        Raises:
+            FileNotFoundError: the directory holds no tracked run.
+            ValueError: the file is damaged or written by a newer version; the message names it.
+        """
+        path = run_directory / RECORD_NAME
+        try:
+            fields = json.loads(path.read_text())
+            version = fields.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, this release reads {FORMAT_VERSION}")
+            fields["datasets"] = [DatasetInput(**item) for item in fields["datasets"]]
+            fields["artifacts"] = [Artifact(**item) for item in fields["artifacts"]]
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, run_directory: Path) -> None:
+        """Write RUN_DIR/run.json (beside, fsync, rename)."""
+        write_json(run_directory / RECORD_NAME, {"format_version": FORMAT_VERSION, **asdict(self)})
+
+    def begin(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        datasets: Iterable[DatasetInput],
+        artifacts: Iterable[Path],
+        directory: Path,
+    ) -> None:
+        """Fill a new record with what the first session passes."""
+        self.started_ms = time.time_ns() // 1_000_000
+        self.params = {name: str(value) for name, value in params.items()}
+        self.tags = {name: str(value) for name, value in tags.items()}
+        self.datasets = list(datasets)
+        self.artifacts = [_artifact(path, "", directory) for path in artifacts]
+
+    def resume(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        datasets: Iterable[DatasetInput],
+        artifacts: Iterable[Path],
+        directory: Path,
+        step: int,
+        journal_bytes: int,
+    ) -> None:
+        """Note a resume from `step`: what changed becomes `resume.N.*` tags, changed files go to the folder resume.N."""
+        number = len(self.journal_bytes_at_resume) + 1
+        prefix = f"resume.{number}."
+        changes = {
+            **self._differences(self.params, params, number, removals=True),
+            **self._differences(self.tags, tags, number, removals=False),
+        }
+        self.tags.update({prefix + name: value for name, value in changes.items()})
+        self.tags[prefix + "from_step"] = str(step)
+        self.journal_bytes_at_resume.append(journal_bytes)
+        self.datasets += [item for item in datasets if item not in self.datasets]
+        known = {artifact.sha256 for artifact in self.artifacts}
+        candidates = [_artifact(path, prefix.rstrip("."), directory) for path in artifacts]
+        self.artifacts += [artifact for artifact in candidates if artifact.sha256 not in known]
+        self.status, self.ended_ms = "RUNNING", None
+
+    def description_digest(self) -> str:
+        """Changes whenever parameters, tags or data sets do."""
+        described = {"params": self.params, "tags": self.tags, "datasets": [asdict(item) for item in self.datasets]}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def _differences(self, first: dict[str, str], now: Mapping[str, Any], number: int, removals: bool) -> dict[str, str]:
+        """Values of this session that differ from those in force; names never seen before join `first` itself."""
+        in_force = dict(first)
+        for earlier in range(1, number):
+            for name in first:
+                in_force[name] = self.tags.get(f"resume.{earlier}.{name}", in_force[name])
+        changed = {}
+        for name, value in now.items():
+            if name not in first:
+                first[name] = str(value)
+            elif in_force[name] != str(value):
+                changed[name] = str(value)
+        if removals:
+            changed |= {name: ABSENT for name in first if name not in now and in_force[name] != ABSENT}
+        return changed
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old or the new content, never a part of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _artifact(path: Path, folder: str, directory: Path) -> Artifact:
+    """Paths inside the run directory are kept relative to it, so that the directory can be shipped from elsewhere."""
+    path = Path(path).resolve()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    inside = path.is_relative_to(directory.resolve())
+    return Artifact(path=str(path.relative_to(directory.resolve()) if inside else path), folder=folder, sha256=digest)

@@ -1,0 +1,51 @@
+"""Pretrain a model.
+
+    torchrun --nproc-per-node 2 -m pretrain.train --config pretrain/configs/tiny_qsparse.yaml [--section.field value ...]
+
+A run that is started again with the same output_dir goes on from its newest complete checkpoint. SIGTERM or SIGUSR1 saves a
+checkpoint after the present step and ends the run.
+"""
+
+import os
+import sys
+import time
+import warnings
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit status 0 when the run finished or was stopped by a signal, 2 for a configuration that cannot work."""
+    from pretrain.config import parse
+    from pretrain.validate import ConfigurationError, validate
+
+    config = parse(args, prog="python -m pretrain.train", description=__doc__)
+    try:
+        validated = validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigurationError as error:
+        return _refuse(error)
+
+    _quiet_libraries()
+    from pretrain.run import Refused, run
+
+    try:
+        return run(validated)
+    except Refused as error:
+        return _refuse(error)
+
+
+def _quiet_libraries() -> None:
+    """torch, Megatron and DeepSpeed announce deprecations and absent GPU packages on every rank; a user cannot act on them."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron|torch|deepspeed")
+
+
+def _refuse(error: Exception) -> int:
+    """One rank speaks; the others wait a moment, since torchrun ends all processes as soon as one has failed."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The training loop. Everything optional is a callback; the loop itself only takes steps and keeps count."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from pretrain.schedules import learning_rate, weight_decay
+from pretrain.validate import Validated
+
+if TYPE_CHECKING:
+    from megatron_qsparse.parallel.zero import StepResult, ZeroEngine
+
+
+@dataclass(kw_only=True)
+class TrainerState:
+    """Where training stands: all that a checkpoint needs besides tensors. The sample order is a function of consumed_samples."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    consumed_samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite: their samples count as consumed, the weights did not change."""
+    flops: float = 0.0
+    """Training FLOPs spent so far."""
+    activated_flops: float = 0.0
+    """Those of them that do not multiply by a zero input, by the sparsity measured at logged steps."""
+    measured_tokens: int = 0
+    """Tokens that `activated_flops` covers."""
+
+
+@dataclass
+class StepReport:
+    """One optimizer step, as callbacks see it."""
+
+    step: int
+    """Counted from 1: steps taken, this one included."""
+    result: "StepResult"
+    lr: float
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What callbacks before the metrics callback add to this step's log entry."""
+
+
+class Callback:
+    """Hooks of the loop; every rank runs them in the same order, so they may communicate."""
+
+    def on_start(self, trainer: "Trainer") -> None: ...
+
+    def before_step(self, trainer: "Trainer") -> None: ...
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None: ...
+
+
+class Trainer:
+    """Takes optimizer steps until the last one or until a callback calls `request_stop`.
+
+    batches: this rank's micro-batches from `state.consumed_samples` on, int64 [micro_batch_size, sequence_length + 1], on
+    the engine's device.
+    """
+
+    def __init__(
+        self, run: Validated, engine: "ZeroEngine", batches: Iterator[torch.Tensor], state: TrainerState, callbacks: Sequence[Callback]
+    ):
+        self.run, self.config, self.engine, self.state = run, run.config, engine, state
+        self.batches, self.callbacks = batches, callbacks
+        self.stop_reason: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.train.steps
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the step just taken is the last one of this process."""
+        return self.finished or self.stop_reason is not None
+
+    def request_stop(self, reason: str) -> None:
+        """Leave the loop after the present step. Must be called on every rank."""
+        self.stop_reason = reason
+
+    def fit(self) -> None:
+        for callback in self.callbacks:
+            callback.on_start(self)
+        while not self.finished and self.stop_reason is None:
+            for callback in self.callbacks:
+                callback.before_step(self)
+            report = self._step()
+            for callback in self.callbacks:
+                callback.after_step(self, report)
+
+    def _step(self) -> StepReport:
+        train, state = self.config.train, self.state
+        started = time.perf_counter()
+        lr = learning_rate(state.step, train.steps, self.config.optimizer, self.config.schedule)
+        decay = weight_decay(state.step, train.steps, self.config.optimizer, self.config.schedule)
+        result = self.engine.train_step(self.batches, self.run.num_micro_batches, lr, decay)
+        state.step += 1
+        state.consumed_samples += train.global_batch_size
+        state.tokens += train.global_batch_size * self.config.data.sequence_length
+        state.skipped_steps += not result.applied
+        return StepReport(state.step, result, lr, time.perf_counter() - started)

@@ -1,0 +1,177 @@
+"""Everything that cannot work in a configuration, in words, before any process group starts.
+
+Nothing here imports torch: `python -m pretrain.plan` shows the same list.
+"""
+
+from dataclasses import dataclass
+
+from data_tools.errors import ManifestError
+from data_tools.manifest import Manifest
+from megatron_qsparse.config import problems as sparsity_problems
+from megatron_qsparse.models.accounting import projection_widths
+from megatron_qsparse.models.config import ModelConfig
+from megatron_qsparse.models.presets import apply_preset
+from pretrain.config import FORMAT_VERSION, PretrainConfig
+
+
+class ConfigurationError(ValueError):
+    """One or more settings cannot work; the message has a line for each."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A configuration together with what was found out while checking it."""
+
+    config: PretrainConfig
+    model: ModelConfig
+    """`config.model` with everything filled in."""
+    manifest: Manifest
+    data_parallel: int
+    num_micro_batches: int
+    """Of one rank in one optimizer step."""
+
+
+def validate(config: PretrainConfig, world_size: int) -> Validated:
+    """Raises ConfigurationError with every problem found."""
+    problems, model, manifest = examine(config, world_size)
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
+    return Validated(config, model, manifest, data_parallel, micro_batches)
+
+
+def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelConfig | None, Manifest | None]:
+    """(problems, resolved model or None, manifest or None)."""
+    problems, manifest = _data_problems(config)
+    problems += _range_problems(config)
+    problems += _parallel_problems(config, world_size)
+    problems += _schedule_problems(config)
+    problems += config.tracking.problems()
+    model = None
+    try:
+        model = apply_preset(config.model, manifest.vocab_size if manifest else None)
+    except ValueError as error:
+        # A vocabulary that only a missing manifest could tell is no second problem.
+        if manifest is not None or config.model.vocab_size is not None or "vocab" not in str(error):
+            problems.append(str(error))
+    if model is not None and model.num_experts:
+        problems.append(f"model.num_experts={model.num_experts}: mixture-of-experts models are not supported yet, leave it at 0")
+    elif model is not None:
+        problems += _model_problems(config, model)
+    return problems, model, manifest
+
+
+def _data_problems(config: PretrainConfig) -> tuple[list[str], Manifest | None]:
+    data = config.data
+    if not data.path:
+        return ["data.path is not set: name a directory made by `python -m data_tools tokenize`"], None
+    try:
+        manifest = Manifest.load(data.path)
+        manifest.check_sizes("train")
+        manifest.check_sizes("validation")
+    except ManifestError as error:
+        return [f"data.path: {error}"], None
+    problems = []
+    for split, samples in (("train", config.train.global_batch_size), ("validation", config.train.global_batch_size)):
+        # A lower bound of what the reader finds: each shard drops its remainder.
+        found = sum(max(0, shard.tokens - 1) // max(1, data.sequence_length) for shard in manifest.shards_of(split))
+        if found < samples:
+            problems.append(f"data.path: the {split} split of {data.path} holds {found} samples of data.sequence_length={data.sequence_length}, "
+                            f"fewer than train.global_batch_size={samples}: add data or shorten one of them")  # fmt: skip
+    return problems, manifest
+
+
+def _range_problems(config: PretrainConfig) -> list[str]:
+    at_least_one = {
+        "train.steps": config.train.steps, "train.micro_batch_size": config.train.micro_batch_size,
+        "train.global_batch_size": config.train.global_batch_size, "train.log_interval": config.train.log_interval,
+        "data.sequence_length": config.data.sequence_length, "data.window_shards": config.data.window_shards,
+        "parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline,
+        "parallel.expert": config.parallel.expert, "checkpoint.keep_last": config.checkpoint.keep_last,
+        "validation.samples": config.validation.samples,
+    }  # fmt: skip
+    not_negative = {
+        "train.seed": config.train.seed, "data.workers": config.data.workers, "validation.interval": config.validation.interval,
+        "checkpoint.interval": config.checkpoint.interval, "optimizer.lr": config.optimizer.lr, "optimizer.eps": config.optimizer.eps,
+        "optimizer.weight_decay": config.optimizer.weight_decay, "optimizer.clip": config.optimizer.clip,
+        "schedule.warmup_steps": config.schedule.warmup_steps, "schedule.decay_steps": config.schedule.decay_steps,
+        "schedule.min_lr": config.schedule.min_lr, "schedule.second_lr": config.schedule.second_lr,
+    }  # fmt: skip
+    found = [f"{name}={value} must be at least 1" for name, value in at_least_one.items() if value < 1]
+    found += [f"{name}={value} must not be negative" for name, value in not_negative.items() if not value >= 0]
+    for name, beta in (("optimizer.beta1", config.optimizer.beta1), ("optimizer.beta2", config.optimizer.beta2)):
+        if not 0 <= beta < 1:
+            found.append(f"{name}={beta} must lie in [0, 1)")
+    if config.format_version > FORMAT_VERSION:
+        found.append(
+            f"format_version={config.format_version} was written by a newer version of this project, which reads up to {FORMAT_VERSION}"
+        )
+    return found
+
+
+def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    parallel, train = config.parallel, config.train
+    found = []
+    if config.zero.stage not in (1, 2):
+        reason = "parameters are not sharded yet" if config.zero.stage == 3 else "bf16 with fp32 accumulation needs ZeRO"
+        found.append(f"zero.stage={config.zero.stage} is not supported ({reason}): use 1 or 2")
+    if parallel.expert > 1:
+        found.append(f"parallel.expert={parallel.expert}: mixture-of-experts models are not supported yet, leave it at 1")
+    if parallel.sequence and parallel.tensor == 1:
+        found.append("parallel.sequence=true has no effect with parallel.tensor=1: raise parallel.tensor or leave it out")
+    if min(parallel.tensor, parallel.pipeline, train.micro_batch_size, train.global_batch_size) < 1:
+        return found
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world_size % model_ranks:
+        return [*found, f"{world_size} processes cannot be divided into parallel.tensor={parallel.tensor} * "
+                        f"parallel.pipeline={parallel.pipeline} = {model_ranks}: start a multiple of {model_ranks}"]  # fmt: skip
+    data_parallel = world_size // model_ranks
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        found.append(f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+                     f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {train.micro_batch_size * data_parallel}")  # fmt: skip
+    if parallel.sequence and config.data.sequence_length % parallel.tensor:
+        found.append(f"data.sequence_length={config.data.sequence_length} is not divisible by parallel.tensor={parallel.tensor}, "
+                     "as parallel.sequence=true needs")  # fmt: skip
+    return found
+
+
+def _schedule_problems(config: PretrainConfig) -> list[str]:
+    schedule, steps, found = config.schedule, config.train.steps, []
+    if schedule.warmup_steps > steps:
+        found.append(f"schedule.warmup_steps={schedule.warmup_steps} is longer than the run, train.steps={steps}")
+    if schedule.min_lr > config.optimizer.lr:
+        found.append(f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}")
+    uses = {
+        "power": ("polynomial",),
+        "decay_steps": ("wsd",),
+        "second_lr": ("two_stage",),
+        "min_lr": ("cosine", "linear", "polynomial", "wsd"),
+    }
+    defaults = type(schedule)()
+    for name, kinds in uses.items():
+        value = getattr(schedule, name)
+        if value != getattr(defaults, name) and schedule.kind not in kinds:
+            found.append(f"schedule.{name}={value} has no effect with schedule.kind={schedule.kind}; it belongs to {' and '.join(kinds)}")
+    if schedule.kind == "wsd" and not 0 < schedule.decay_steps <= steps:
+        found.append(f"schedule.decay_steps={schedule.decay_steps} must lie in 1 .. train.steps={steps} with schedule.kind=wsd")
+    if schedule.kind == "two_stage" and not 0 < schedule.second_lr <= config.optimizer.lr:
+        found.append(
+            f"schedule.second_lr={schedule.second_lr} must lie in (0, optimizer.lr={config.optimizer.lr}] with schedule.kind=two_stage"
+        )
+    if schedule.kind == "polynomial" and not schedule.power > 0:
+        found.append(f"schedule.power={schedule.power} must be positive")
+    return found
+
+
+def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
+    parallel, found = config.parallel, []
+    if min(parallel.tensor, parallel.pipeline) < 1:
+        return found
+    divided = {"num_attention_heads": parallel.tensor, "ffn_hidden_size": parallel.tensor, "vocab_size": parallel.tensor}
+    for name, ranks in divided.items():
+        if getattr(model, name) % ranks:
+            found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={ranks}")
+    if model.num_layers % parallel.pipeline:
+        found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
+    return found + sparsity_problems(config.qsparse, config.bitnet, projection_widths(model), model.num_layers, parallel.tensor)

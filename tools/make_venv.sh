@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Creates (or brings up to date) the virtual environment named by $1. Says in one line what is missing.
+set -euo pipefail
+venv=$1
+python=${PYTHON:-python3}
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+[ "$(uname -s)" = Linux ] || fail "Linux is needed (on Windows use WSL2, on macOS a Linux container), this is $(uname -s)"
+command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or newer, or name one with PYTHON=/path/to/python3.11"
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
+  fail "$("$python" -V) is not supported, Python 3.11 to 3.13 is: name one with PYTHON=/path/to/python3.11"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python lacks ensurepip or venv: install your distribution's package for it (Debian and Ubuntu: python3-venv)"
+free_mib=$(df -Pm . | awk 'NR == 2 {print $4}')
+if [ ! -x "$venv/bin/python" ] && [ "$free_mib" -lt 3000 ]; then
+  fail "$free_mib MiB free in $PWD; the environment needs about 2 GB (more with a CUDA build of torch): free some space"
+fi
+
+[ -x "$venv/bin/python" ] || { echo "creating $venv with $("$python" -V)"; "$python" -m venv "$venv"; }
+pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+
+started=$SECONDS
+echo "installing dependencies (about 2 GB on disk; a few minutes)"
+# torch first: what depends on it would otherwise pull the newest build.
+pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
+pip -e .
+echo "installed in $((SECONDS - started)) s"
