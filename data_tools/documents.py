@@ -179,13 +179,11 @@ def _read_lines(unit: Unit, file: BinaryIO, text_field: str) -> Iterator[str | R
     import orjson
 
     position, stop = unit.start, unit.stop or None
-    if position:
-        # The line that holds the byte before the range belongs to the unit before.
-        file.seek(position - 1)
-        position -= 1
     lines = _split_lines(file)
-    if position:
-        position += len(next(lines, b"")) + 1
+    if unit.start:
+        # The line that holds the byte before the range belongs to the unit before.
+        file.seek(unit.start - 1)
+        position += len(next(lines, b""))
     for number, line in enumerate(lines, 1):
         if stop is not None and position >= stop:
             return

@@ -69,6 +69,11 @@ class CheckpointDirectory:
         return sorted(p for p in self.path.iterdir() if p.name.startswith(_PREFIX) and p.name.removeprefix(_PREFIX).isdigit())
 
 
+def step_of(path: Path) -> int:
+    """Optimizer steps taken when this checkpoint was saved."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def damage(path: Path) -> str | None:
     """Why this directory is not a complete checkpoint; None where it is one. Compares sizes, not contents."""
     try:

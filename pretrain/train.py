@@ -9,12 +9,12 @@ checkpoint after the present step and ends the run.
 import os
 import sys
 import time
-import warnings
 
 
 def main(args: list[str] | None = None) -> int:
     """Exit status 0 when the run finished or was stopped by a signal, 2 for a configuration that cannot work."""
     from pretrain.config import parse
+    from pretrain.libraries import quiet
     from pretrain.validate import ConfigurationError, validate
 
     config = parse(args, prog="python -m pretrain.train", description=__doc__)
@@ -23,19 +23,13 @@ def main(args: list[str] | None = None) -> int:
     except ConfigurationError as error:
         return _refuse(error)
 
-    _quiet_libraries()
+    quiet()
     from pretrain.run import Refused, run
 
     try:
         return run(validated)
     except Refused as error:
         return _refuse(error)
-
-
-def _quiet_libraries() -> None:
-    """torch, Megatron and DeepSpeed announce deprecations and absent GPU packages on every rank; a user cannot act on them."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron|torch|deepspeed")
 
 
 def _refuse(error: Exception) -> int:

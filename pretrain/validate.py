@@ -73,12 +73,13 @@ def _data_problems(config: PretrainConfig) -> tuple[list[str], Manifest | None]:
     except ManifestError as error:
         return [f"data.path: {error}"], None
     problems = []
-    for split, samples in (("train", config.train.global_batch_size), ("validation", config.train.global_batch_size)):
+    samples = config.train.global_batch_size
+    for split in ("train", "validation"):
         # A lower bound of what the reader finds: each shard drops its remainder.
         found = sum(max(0, shard.tokens - 1) // max(1, data.sequence_length) for shard in manifest.shards_of(split))
         if found < samples:
-            problems.append(f"data.path: the {split} split of {data.path} holds {found} samples of data.sequence_length={data.sequence_length}, "
-                            f"fewer than train.global_batch_size={samples}: add data or shorten one of them")  # fmt: skip
+            problems.append(f"data.path: the {split} split of {data.path} holds {found} samples of data.sequence_length="
+                            f"{data.sequence_length}, fewer than train.global_batch_size={samples}: add data")  # fmt: skip
     return problems, manifest
 
 
@@ -128,8 +129,9 @@ def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
                         f"parallel.pipeline={parallel.pipeline} = {model_ranks}: start a multiple of {model_ranks}"]  # fmt: skip
     data_parallel = world_size // model_ranks
     if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        at_once = train.micro_batch_size * data_parallel
         found.append(f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-                     f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {train.micro_batch_size * data_parallel}")  # fmt: skip
+                     f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {at_once}")  # fmt: skip
     if parallel.sequence and config.data.sequence_length % parallel.tensor:
         found.append(f"data.sequence_length={config.data.sequence_length} is not divisible by parallel.tensor={parallel.tensor}, "
                      "as parallel.sequence=true needs")  # fmt: skip

@@ -36,17 +36,16 @@ def load(engine: ZeroEngine, directory: Path) -> dict:
     loaded = dist_checkpointing.load(_sharded_state(engine, filled=False), str(directory))
     common = loaded["common"]
     if common["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{directory}: format {common['format_version']} is newer than this version reads ({FORMAT_VERSION}); update the project"
-        )
+        raise ValueError(f"{directory}: format {common['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads")
     _create_adam_state(engine, common["adam_step"])
-    utils = deepspeed.load().utils
+    utils, optimizer = deepspeed.load().utils, loaded["optimizer"]
     with torch.no_grad():
         for name, param in engine.model.named_parameters():
             param.data.copy_(loaded["model"][name])
-            utils.safe_set_full_fp32_param(param, loaded["optimizer"][f"fp32.{name}"].view(param.shape).to(param.device))
-            for moment in _MOMENTS:
-                utils.safe_set_full_optimizer_state(param, loaded["optimizer"][f"{moment}.{name}"].view(param.shape).to(param.device), moment)
+            master, *moments = (optimizer[f"{kind}.{name}"].view(param.shape).to(param.device) for kind in ("fp32", *_MOMENTS))
+            utils.safe_set_full_fp32_param(param, master)
+            for moment, value in zip(_MOMENTS, moments, strict=True):
+                utils.safe_set_full_optimizer_state(param, value, moment)
     engine.weights_changed()
     return common
 

@@ -81,17 +81,15 @@ class Shipper:
         """
         self._lock()
         record = RunRecord.load(self.run_directory)
-        try:
-            self._client = self._client or connect(self.uri)
-            run_id = self._run(record)
-            points = sum(self._ship_journal(run_id, name) for name in (METRICS_NAME, SYSTEM_NAME))
-            if self._keep_going():
-                self._ship_description(run_id, record)
-                self._ship_status(run_id, record)
-                self._ship_artifacts(run_id, record)
-        except BaseException:
-            self._run_is_known = False  # the database may have been replaced: look before the next request
-            raise
+        self._client = self._client or connect(self.uri)
+        run_id = self._run(record)
+        self._run_is_known = False  # if this pass fails, the next one looks first: the database may have been replaced
+        points = sum(self._ship_journal(run_id, name) for name in (METRICS_NAME, SYSTEM_NAME))
+        if self._keep_going():
+            self._ship_description(run_id, record)
+            self._ship_status(run_id, record)
+            self._ship_artifacts(run_id, record)
+        self._run_is_known = True
         return points
 
     def is_complete(self) -> bool:
