@@ -101,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--shard-tokens", type=_positive, default=256 << 20, help="tokens of a shard, whole blocks (default: %(default)s, 0.5 to 1 GB)"
     )
     command.add_argument(
+        "--unit-bytes", type=_positive, default=32 << 20, help="input handled at a time, not seen in the output (default: %(default)s)"
+    )
+    command.add_argument(
         "--overwrite", action="store_true", help="replace the output of another job; files that tokenize did not write stay"
     )
     command.set_defaults(run=run_tokenize)
@@ -197,9 +200,10 @@ def run_tokenize(options: argparse.Namespace) -> int:
         options.tokenizer,
         options.output,
         settings,
-        options.workers or available_cpus(),
-        options.eod_token,
-        options.overwrite,
+        workers=options.workers or available_cpus(),
+        unit_bytes=options.unit_bytes,
+        eod_token=options.eod_token,
+        overwrite=options.overwrite,
     )
     manifest = result.manifest
     splits = ", ".join(f"{manifest.tokens(split)} {split} tokens in {manifest.documents(split)} documents" for split in manifest.splits)

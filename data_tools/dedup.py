@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.documents import Reason
 from data_tools.manifest import SPLITS
-from data_tools.passes import DROPPED
+from data_tools.passes import DROPPED, read_journal
 
 PARTITION_DOCUMENTS = 1 << 25
 
@@ -27,18 +27,14 @@ class Plan:
     units: list[np.ndarray]
     """For each unit uint8 [num_documents]: index into SPLITS, or DROPPED."""
     counts: list[dict[str, int]]
-    """For each unit: documents read, text_bytes, kept, and how many were dropped for which reason."""
+    """For each part of all units: documents read, text_bytes, kept, and how many were dropped for which reason."""
 
 
 def plan_documents(paths: list[Path], validation_fraction: Decimal, partition_documents: int = PARTITION_DOCUMENTS) -> Plan:
     """Reads the journals of the hash pass, in input order, and decides about each document."""
-    reasons, text_bytes = [], []
-    for path in paths:
-        with np.load(path) as journal:
-            reasons.append(journal["reasons"])
-            text_bytes.append(int(journal["text_bytes"]))
-    starts = np.concatenate(([0], np.cumsum([len(unit) for unit in reasons]))).astype(np.int64)
-    everything = np.concatenate(reasons) if reasons else np.zeros(0, np.uint8)
+    journals = [{name: array for name, array in read_journal(path).items() if name != "digests"} for path in paths]
+    starts = np.concatenate(([0], np.cumsum([len(journal["reasons"]) for journal in journals]))).astype(np.int64)
+    everything = np.concatenate([journal["reasons"] for journal in journals]) if journals else np.zeros(0, np.uint8)
     plan = np.full(len(everything), DROPPED, dtype=np.uint8)
     limit = np.uint64(min(int(validation_fraction * 2**64), 2**64 - 1))
     partitions = max(1, 1 << (max(len(everything) - 1, 0) // partition_documents).bit_length())
@@ -53,10 +49,13 @@ def plan_documents(paths: list[Path], validation_fraction: Decimal, partition_do
         plan[duplicates] = DROPPED
     units = [plan[start:stop] for start, stop in zip(starts[:-1], starts[1:], strict=True)]
     counts = []
-    for start, stop, size in zip(starts[:-1], starts[1:], text_bytes, strict=True):
-        histogram = np.bincount(everything[start:stop], minlength=max(Reason) + 1).tolist()
-        dropped = {reason.name.lower(): histogram[reason] for reason in Reason}
-        counts.append({"documents": int(stop - start), "text_bytes": size, "kept": histogram[0], **dropped})
+    start = 0
+    for journal in journals:
+        for documents, text_bytes in zip(journal["documents"].tolist(), journal["text_bytes"].tolist(), strict=True):
+            histogram = np.bincount(everything[start : start + documents], minlength=max(Reason) + 1).tolist()
+            dropped = {reason.name.lower(): histogram[reason] for reason in Reason}
+            counts.append({"documents": documents, "text_bytes": text_bytes, "kept": histogram[0], **dropped})
+            start += documents
     return Plan(units, counts)
 
 
@@ -67,8 +66,7 @@ def _partition(
     documents, digests = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.uint64)]
     shift = np.uint64(64 - (partitions.bit_length() - 1))
     for path, start in zip(paths, starts[:-1], strict=True):
-        with np.load(path) as journal:
-            table = journal["digests"]
+        table = read_journal(path)["digests"]
         usable = reasons[start : start + len(table)] == 0
         if partitions > 1:
             usable &= (table[:, 0] >> shift) == partition

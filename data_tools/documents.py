@@ -1,13 +1,14 @@
 """Input files as a stream of documents, cut into work units that do not depend on the number of workers.
 
-    name ends in            a document is                          a unit is
+    name ends in            a document is                          a part is
     .jsonl .ndjson .json    one line's --text-field                32 MiB of lines
     .txt .md .rst           the whole file                         the file
     .parquet                one row's --text-field column          one row group
     .gz .zst (of the above  as without the suffix                  the file, streamed
      but parquet)
 
-A line belongs to the unit in which its first byte lies. A document that cannot be used comes out as `Rejected`
+A unit is a run of consecutive parts of about 32 MiB together, so that thousands of small files make few units.
+A line belongs to the part in which its first byte lies. A document that cannot be used comes out as `Rejected`
 instead of a string; its reader goes on, and the caller decides (`--on-invalid`). A broken container (a corrupt gzip
 stream, a parquet file without the column) is a DataError at once: what follows it is lost.
 """
@@ -46,7 +47,7 @@ class Reason(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Rejected:
-    """A document that cannot be used: why, where (`line 12`, `row 3`) inside its unit, and the parser's words."""
+    """A document that cannot be used: why, its line or row (from 1) inside its part, and the parser's words."""
 
     reason: Reason
     position: int
@@ -65,8 +66,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A part of a source: the byte range [start, stop) of a plain jsonl file, a parquet row group, or the whole file."""
+class Part:
+    """A part of a source: the byte range [start, stop) of a plain jsonl file, a parquet row group, or the whole file (0, 0)."""
 
     source: Source
     source_index: int
@@ -74,7 +75,19 @@ class Unit:
     start: int
     stop: int
     input_bytes: int
-    """Bytes on disk, for progress."""
+    """Bytes on disk."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive parts that one worker handles at a time."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes on disk, for progress."""
+        return sum(part.input_bytes for part in self.parts)
 
 
 def open_sources(paths: list[Path]) -> list[Source]:
@@ -98,42 +111,52 @@ def open_sources(paths: list[Path]) -> list[Source]:
     return sources
 
 
-def plan_units(sources: list[Source]) -> list[Unit]:
+def plan_units(sources: list[Source], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """Cuts the sources into units, in input order. Raises DataError for a parquet file that cannot be opened."""
     units = []
+    parts: list[Part] = []
+    filled = 0
+    for part in _cut(sources, unit_bytes):
+        parts.append(part)
+        filled += part.input_bytes
+        if filled >= unit_bytes:
+            units.append(Unit(tuple(parts)))
+            parts, filled = [], 0
+    return [*units, Unit(tuple(parts))] if parts else units
+
+
+def _cut(sources: list[Source], unit_bytes: int) -> Iterator[Part]:
     for index, source in enumerate(sources):
         size = source.path.stat().st_size
         if source.kind == "parquet":
             groups = open_parquet(source.path).metadata.num_row_groups
-            units += [Unit(source, index, group, group + 1, size // groups) for group in range(groups)]
+            yield from (Part(source, index, group, group + 1, size // groups) for group in range(groups))
         elif source.kind == "jsonl" and source.compression is None:
-            units += [
-                Unit(source, index, start, min(start + UNIT_BYTES, size), min(UNIT_BYTES, size - start))
-                for start in range(0, size, UNIT_BYTES)
-            ]
+            for start in range(0, size, unit_bytes):
+                stop = min(start + unit_bytes, size)
+                yield Part(source, index, start, stop, stop - start)
         else:
-            units.append(Unit(source, index, 0, 0, size))
-    return units
+            yield Part(source, index, 0, 0, size)
 
 
-def read_unit(unit: Unit, text_field: str) -> Iterator[str | Rejected]:
-    """The documents of a unit, in order. Raises DataError when the container is broken."""
-    if unit.source.kind == "parquet":
-        yield from _read_rows(unit, text_field)
+def read_part(part: Part, text_field: str) -> Iterator[str | Rejected]:
+    """The documents of a part, in order. Raises DataError when the container is broken."""
+    if part.source.kind == "parquet":
+        yield from _read_rows(part, text_field)
         return
     try:
-        with _open_bytes(unit.source) as file:
-            if unit.source.kind == "text":
+        with _open_bytes(part.source) as file:
+            if part.source.kind == "text":
                 yield _decode_text(file.read())
             else:
-                yield from _read_lines(unit, file, text_field)
+                yield from _read_lines(part, file, text_field)
     except (zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{unit.source.path}: corrupt or truncated gzip data ({error}); write the file again") from error
+        raise DataError(f"{part.source.path}: corrupt or truncated gzip data ({error}); write the file again") from error
 
 
-def describe(rejected: Rejected, unit: Unit, text_field: str) -> str:
+def describe(rejected: Rejected, part: Part, text_field: str) -> str:
     """One line for a user: the file, the line or row in the whole file, what is wrong and the remedy."""
-    where = f"{unit.source.path}, {'row' if unit.source.kind == 'parquet' else 'line'} {_position_in_file(rejected, unit)}"
+    where = f"{part.source.path}, {'row' if part.source.kind == 'parquet' else 'line'} {_position_in_file(rejected, part)}"
     if rejected.reason is Reason.INVALID_UTF8:
         return f"{where}: text is not UTF-8 ({rejected.detail}); convert the file or pass --on-invalid skip"
     if rejected.reason is Reason.INVALID_JSON:
@@ -141,20 +164,20 @@ def describe(rejected: Rejected, unit: Unit, text_field: str) -> str:
     return f"{where}: no string in field {text_field!r} ({rejected.detail}); name the field with --text-field or pass --on-invalid skip"
 
 
-def _position_in_file(rejected: Rejected, unit: Unit) -> int:
+def _position_in_file(rejected: Rejected, part: Part) -> int:
     """1-based line or row; lines before a byte range are counted only now, when somebody needs the number."""
-    if unit.source.kind == "parquet":
-        metadata = open_parquet(unit.source.path).metadata
-        return rejected.position + sum(metadata.row_group(group).num_rows for group in range(unit.start))
+    if part.source.kind == "parquet":
+        metadata = open_parquet(part.source.path).metadata
+        return rejected.position + sum(metadata.row_group(group).num_rows for group in range(part.start))
     before = 0
-    if unit.start:
-        with open(unit.source.path, "rb") as file:
-            left = unit.start
+    if part.start:
+        with open(part.source.path, "rb") as file:
+            left = part.start
             while left > 0 and (chunk := file.read(min(left, 1 << 20))):
                 before += chunk.count(b"\n")
                 left -= len(chunk)
-            # A line that began before the range ends inside it, and is counted by the unit before.
-            file.seek(unit.start - 1)
+            # A line that began before the range ends inside it, and is counted by the part before.
+            file.seek(part.start - 1)
             before += file.read(1) != b"\n"
     return before + rejected.position
 
@@ -175,14 +198,14 @@ def _decode_text(content: bytes) -> str | Rejected:
         return Rejected(Reason.INVALID_UTF8, line, str(error))
 
 
-def _read_lines(unit: Unit, file: BinaryIO, text_field: str) -> Iterator[str | Rejected]:
+def _read_lines(part: Part, file: BinaryIO, text_field: str) -> Iterator[str | Rejected]:
     import orjson
 
-    position, stop = unit.start, unit.stop or None
+    position, stop = part.start, part.stop or None
     lines = _split_lines(file)
-    if unit.start:
-        # The line that holds the byte before the range belongs to the unit before.
-        file.seek(unit.start - 1)
+    if part.start:
+        # The line that holds the byte before the range belongs to the part before.
+        file.seek(part.start - 1)
         position += len(next(lines, b""))
     for number, line in enumerate(lines, 1):
         if stop is not None and position >= stop:
@@ -253,21 +276,21 @@ def open_parquet(path: Path):  # noqa: ANN201 (pyarrow is imported only where pa
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)}); write the file again") from error
 
 
-def _read_rows(unit: Unit, text_field: str) -> Iterator[str | Rejected]:
+def _read_rows(part: Part, text_field: str) -> Iterator[str | Rejected]:
     import pyarrow
 
-    file = open_parquet(unit.source.path)
+    file = open_parquet(part.source.path)
     schema = file.schema_arrow
     if text_field not in schema.names:
         raise DataError(
-            f"{unit.source.path}: no column {text_field!r} (columns: {', '.join(schema.names)}); name the column with --text-field"
+            f"{part.source.path}: no column {text_field!r} (columns: {', '.join(schema.names)}); name the column with --text-field"
         )
     kind = schema.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f"{unit.source.path}: column {text_field!r} holds {kind}, not strings; name another column with --text-field")
+        raise DataError(f"{part.source.path}: column {text_field!r} holds {kind}, not strings; name another column with --text-field")
     row = 0
     try:
-        for batch in file.iter_batches(batch_size=256, row_groups=[unit.start], columns=[text_field]):
+        for batch in file.iter_batches(batch_size=256, row_groups=[part.start], columns=[text_field]):
             # Arrow does not check strings when it reads them, so they are decoded here, one by one.
             for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 row += 1
@@ -279,7 +302,7 @@ def _read_rows(unit: Unit, text_field: str) -> Iterator[str | Rejected]:
                 except UnicodeDecodeError as error:
                     yield Rejected(Reason.INVALID_UTF8, row, str(error))
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{unit.source.path}: corrupt parquet data ({_first_line(error)}); write the file again") from error
+        raise DataError(f"{part.source.path}: corrupt parquet data ({_first_line(error)}); write the file again") from error
 
 
 def _first_line(error: Exception) -> str:

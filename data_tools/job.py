@@ -120,18 +120,18 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.lock.close()
 
-    def prepare(self, versions: dict[str, str]) -> None:
+    def prepare(self, versions: dict[str, str], unit_bytes: int) -> None:
         """Sets up the work folder: keeps an earlier run's journals where they still hold, removes what does not belong to this job.
 
         Only files that this command wrote are removed: the manifest, the tokenizer, shards by their names, journals.
         """
         modified = [source.path.stat().st_mtime_ns for source in self.sources]
-        state = {"digest": self.digest, "modified": modified, "versions": versions}
+        state = {"digest": self.digest, "modified": modified, "versions": versions, "unit_bytes": unit_bytes}
         path = self.work / "job.json"
         found = _read_state(path) if path.is_file() else {}
         if found != state or (self.output / MANIFEST_NAME).exists():
             if found.get("digest") == self.digest:
-                warn("an input or a library has changed since the interrupted run: starting over")
+                warn("an input, a library or --unit-bytes has changed since the interrupted run: starting over")
             (self.output / MANIFEST_NAME).unlink(missing_ok=True)
             (self.output / TOKENIZER_NAME).unlink(missing_ok=True)
             for split in SPLITS:

@@ -1,10 +1,12 @@
 """The two passes over the documents, unit by unit, as functions that worker processes run.
 
 Both leave their result in a file that appears only when it is complete, so a restart skips finished units; what a
-unit's files hold depends on the unit alone.
+unit's files hold depends on the unit alone. They are not flushed to the device: a file that the machine lost when it
+went down is noticed and made again.
 
     hash/000012.npz     digests uint64 [num_documents, 2]: the first 128 bits of SHA-256 of each text (0 for rejected ones)
-                        reasons uint8 [num_documents]: 0 or a documents.Reason;  text_bytes: UTF-8 bytes of all texts
+                        reasons uint8 [num_documents]: 0 or a documents.Reason
+                        documents, text_bytes int64 [num_parts]: documents, and UTF-8 bytes of the texts, of each part
     tokens/000012.npz   for each split the documents' lengths in tokens, uint32 [num_documents]
     tokens/000012.SPLIT their tokens, one after the other
 """
@@ -13,19 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.backends import BACKENDS
-from data_tools.documents import Reason, Rejected, Unit, describe, read_unit
+from data_tools.documents import Reason, Rejected, Unit, describe, read_part
 from data_tools.errors import DataError
-from data_tools.files import AtomicFile, write_atomically
+from data_tools.files import AtomicFile
 from data_tools.manifest import SPLITS
 from data_tools.tokenizer import TokenizerFile
 
 DROPPED = 255
+NO_DIGEST = bytes(16)
 
 
 @dataclass(frozen=True)
@@ -54,35 +58,43 @@ class TokenizeTask:
 
 def hash_unit(task: HashTask) -> int:
     """First pass. Returns the unit's bytes on disk, for progress. Raises DataError for a rejected document unless `skip`."""
-    if task.path.is_file():
+    if read_journal(task.path) is not None:
         return task.unit.input_bytes
     digests, reasons = [], bytearray()
-    text_bytes = 0
-    for text in read_unit(task.unit, task.text_field):
-        if isinstance(text, Rejected):
-            if task.on_invalid == "error":
-                raise DataError(describe(text, task.unit, task.text_field))
-            digests.append(bytes(16))
-            reasons.append(text.reason)
-        elif not text or text.isspace():
-            digests.append(bytes(16))
-            reasons.append(Reason.EMPTY)
-        else:
-            content = text.encode()
-            text_bytes += len(content)
-            digests.append(hashlib.sha256(content).digest()[:16])
-            reasons.append(0)
-    buffer = io.BytesIO()
+    documents, text_bytes = [], []
+    for part in task.unit.parts:
+        first, size = len(reasons), 0
+        for text in read_part(part, task.text_field):
+            if isinstance(text, Rejected):
+                if task.on_invalid == "error":
+                    raise DataError(describe(text, part, task.text_field))
+                digests.append(NO_DIGEST)
+                reasons.append(text.reason)
+            elif not text or text.isspace():
+                digests.append(NO_DIGEST)
+                reasons.append(Reason.EMPTY)
+            else:
+                content = text.encode()
+                size += len(content)
+                digests.append(hashlib.sha256(content).digest()[:16])
+                reasons.append(0)
+        documents.append(len(reasons) - first)
+        text_bytes.append(size)
     table = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
-    np.savez(buffer, digests=table, reasons=np.frombuffer(reasons, dtype=np.uint8), text_bytes=np.int64(text_bytes))
-    write_atomically(task.path, buffer.getbuffer())
+    _write_journal(
+        task.path,
+        digests=table,
+        reasons=np.frombuffer(reasons, dtype=np.uint8),
+        documents=np.array(documents, dtype=np.int64),
+        text_bytes=np.array(text_bytes, dtype=np.int64),
+    )
     return task.unit.input_bytes
 
 
 def tokenize_unit(task: TokenizeTask) -> int:
     """Second pass. Returns the unit's bytes on disk. Raises DataError when the input is not what the hash pass read."""
     done = task.folder / f"{task.name}.npz"
-    if done.is_file():
+    if read_journal(done) is not None:
         return task.unit.input_bytes
     encoder = BACKENDS[task.backend].load(task.tokenizer)
     dtype = np.dtype(task.dtype).newbyteorder("<")
@@ -90,29 +102,40 @@ def tokenize_unit(task: TokenizeTask) -> int:
     end = np.array([eod_id], dtype=dtype).tobytes()
     files = [AtomicFile(task.folder / f"{task.name}.{split}", durable=False) for split in SPLITS]
     lens: list[list[int]] = [[] for _ in SPLITS]
+    texts = ((part, text) for part in task.unit.parts for text in read_part(part, task.text_field))
     try:
-        number = -1
-        for number, text in enumerate(read_unit(task.unit, task.text_field)):
-            split = task.plan[number] if number < len(task.plan) else DROPPED
+        for (part, text), split in zip(texts, task.plan.tolist(), strict=True):
             if split == DROPPED:
                 continue
             ids = encoder.encode(text)
             if (ids == eod_id).any():
                 raise DataError(
-                    f"{task.unit.source.path}: plain text was encoded as the end-of-document token {task.tokenizer.eod_token!r}; "
+                    f"{part.source.path}: plain text was encoded as the end-of-document token {task.tokenizer.eod_token!r}; "
                     "name a token with --eod-token that text cannot produce"
                 )
             files[split].write(ids.astype(dtype).data)
             files[split].write(end)
             lens[split].append(len(ids) + 1)
-        if number + 1 != len(task.plan):
-            raise DataError(f"{task.unit.source.path} changed while it was being read: run the same command again")
         for file in files:
             file.commit()
     finally:
         for file in files:
             file.discard()
-    buffer = io.BytesIO()
-    np.savez(buffer, **{split: np.array(lens[index], dtype=np.uint32) for index, split in enumerate(SPLITS)})
-    write_atomically(done, buffer.getbuffer())
+    _write_journal(done, **{split: np.array(lens[index], dtype=np.uint32) for index, split in enumerate(SPLITS)})
     return task.unit.input_bytes
+
+
+def read_journal(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a unit's journal; None when it is not there, or was lost with the machine and has to be made again."""
+    try:
+        with np.load(path) as journal:
+            return dict(journal)
+    except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _write_journal(path: Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with AtomicFile(path, durable=False) as file:
+        file.write(buffer.getbuffer())

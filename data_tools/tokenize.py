@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from data_tools.backends import Backend, choose_backend
 from data_tools.dedup import Plan, plan_documents
-from data_tools.documents import Rejected, Unit, open_sources, plan_units, read_unit
+from data_tools.documents import UNIT_BYTES, Reason, Rejected, Unit, open_sources, plan_units, read_part
 from data_tools.errors import DataError
 from data_tools.files import write_atomically
 from data_tools.job import Job, TokenizeOptions
@@ -38,7 +39,7 @@ from data_tools.manifest import (
     encode_manifest,
     shard_entry,
 )
-from data_tools.passes import HashTask, TokenizeTask, hash_unit, tokenize_unit
+from data_tools.passes import HashTask, TokenizeTask, hash_unit, read_journal, tokenize_unit
 from data_tools.progress import Progress, warn
 from data_tools.shards import ShardWriter
 from data_tools.tokenizer import TokenizerFile, load_tokenizer
@@ -63,12 +64,14 @@ def tokenize(
     output: Path,
     options: TokenizeOptions,
     workers: int,
+    unit_bytes: int = UNIT_BYTES,
     eod_token: str | None = None,
     overwrite: bool = False,
 ) -> TokenizeResult:
     """Tokenizes `inputs` into the folder `output`. Raises DataError for whatever a user can mend.
 
-    `workers`: processes; does not influence the output.
+    `workers`: processes; `unit_bytes`: input that a worker handles at a time, and loses when it is killed. Neither
+    influences the output.
     """
     sources = open_sources(inputs)
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
@@ -77,9 +80,9 @@ def tokenize(
     if job.is_finished(overwrite):
         return TokenizeResult(Manifest.load(output), already_there=True)
     with job:
-        units = plan_units(sources)
+        units = plan_units(sources, unit_bytes)
         backend = choose_backend(tokenizer, options.backend, _sample(units, options.text_field))
-        job.prepare(backend.versions())
+        job.prepare(backend.versions(), unit_bytes)
         with Workers(min(workers, max(len(units), 1))) as pool:
             plan = _hash_pass(job, units, options, pool)
             shards = _tokenize_pass(job, units, plan, tokenizer, options, backend, pool)
@@ -122,9 +125,9 @@ def _resolve_dtype(tokenizer: TokenizerFile, requested: str) -> str:
 
 def _sample(units: list[Unit], text_field: str) -> Iterator[str]:
     """Beginnings of the first documents of some of the sources, on which the encoder is checked."""
-    first_of_source = [unit for unit in units if unit.start == 0]
-    for unit in first_of_source[:: max(1, len(first_of_source) // SAMPLE_SOURCES)][:SAMPLE_SOURCES]:
-        texts = (text for text in read_unit(unit, text_field) if not isinstance(text, Rejected))
+    parts = [part for unit in units for part in unit.parts if part.start == 0]
+    for part in parts[:: max(1, len(parts) // SAMPLE_SOURCES)][:SAMPLE_SOURCES]:
+        texts = (text for text in read_part(part, text_field) if not isinstance(text, Rejected))
         for text in itertools.islice(texts, SAMPLE_DOCUMENTS):
             yield text[:SAMPLE_CHARACTERS]
 
@@ -158,9 +161,9 @@ def _tokenize_pass(
     try:
         with Progress("tokenize", sum(unit.input_bytes for unit in units)) as progress:
             for name, size in zip(names, pool.map(tokenize_unit, tasks), strict=True):
-                with np.load(folder / f"{name}.npz") as unit_lens:
-                    for merger in mergers:
-                        merger.add(folder / f"{name}.{merger.split}", unit_lens[merger.split])
+                lens = read_journal(folder / f"{name}.npz")
+                for merger in mergers:
+                    merger.add(folder / f"{name}.{merger.split}", lens[merger.split])
                 progress.update(size)
         return [shard_entry(shard) for merger in mergers for shard in merger.writer.finish()]
     finally:
@@ -183,10 +186,10 @@ class SplitMerger:
         """Appends a unit: its token file, and the lengths uint32 [num_documents] of its documents of this split."""
 
         def tokens(start: int, stop: int) -> np.ndarray:
-            # Work files are not flushed to the device, so one that a finished unit left can be lost with the machine.
             if not path.is_file() or path.stat().st_size != int(lens.sum()) * self.dtype.itemsize:
-                path.with_suffix(".npz").unlink()
-                raise DataError(f"{path} was lost when the machine went down: run the same command again, its unit is made anew")
+                # Work files are not flushed to the device. Nothing but the journals says that this one is complete.
+                shutil.rmtree(path.parent)
+                raise DataError(f"{path} was lost when the machine went down: run the same command again, published shards are kept")
             return np.memmap(path, self.dtype, "r")[start:stop]
 
         self.writer.add(tokens, lens)
@@ -199,16 +202,12 @@ class SplitMerger:
 
 
 def _source_entries(job: Job, units: list[Unit], plan: Plan) -> list[dict]:
-    entries = []
-    for index, entry in enumerate(job.source_entries):
-        counts = [counts for unit, counts in zip(units, plan.counts, strict=True) if unit.source_index == index]
-        entries.append({**entry, **_total(counts)})
-    return entries
+    of_source: list[list[dict[str, int]]] = [[] for _ in job.source_entries]
+    for part, counts in zip((part for unit in units for part in unit.parts), plan.counts, strict=True):
+        of_source[part.source_index].append(counts)
+    return [{**entry, **_total(counts)} for entry, counts in zip(job.source_entries, of_source, strict=True)]
 
 
 def _total(counts: list[dict[str, int]]) -> dict[str, int]:
-    total = {"documents": 0, "text_bytes": 0, "kept": 0}
-    for unit in counts:
-        for name, value in unit.items():
-            total[name] = total.get(name, 0) + value
-    return total
+    names = ("documents", "text_bytes", "kept", *(reason.name.lower() for reason in Reason))
+    return {name: sum(part[name] for part in counts) for name in names}

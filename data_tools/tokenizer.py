@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from data_tools.documents import Rejected, Source, describe, open_sources, plan_units, read_unit
+from data_tools.documents import Rejected, Source, describe, open_sources, plan_units, read_part
 from data_tools.errors import DataError
 from data_tools.files import fingerprint, write_atomically
 from data_tools.progress import Progress, warn
@@ -139,11 +139,12 @@ def _training_documents(sources: list[Source], text_field: str) -> Iterator[str]
     documents = 0
     with Progress("train-tokenizer", sum(unit.input_bytes for unit in units)) as progress:
         for unit in units:
-            for text in read_unit(unit, text_field):
-                if isinstance(text, Rejected):
-                    raise DataError(describe(text, unit, text_field))
-                documents += bool(text)
-                yield text
+            for part in unit.parts:
+                for text in read_part(part, text_field):
+                    if isinstance(text, Rejected):
+                        raise DataError(describe(text, part, text_field))
+                    documents += bool(text)
+                    yield text
             progress.update(unit.input_bytes)
     if not documents:
         raise DataError(f"empty corpus: no text in {', '.join(str(source.path) for source in sources)}; check --input and --text-field")

@@ -152,8 +152,7 @@ class PretrainConfig:
 def parse(args: list[str] | None = None, prog: str | None = None, description: str | None = None) -> PretrainConfig:
     """Read `--config FILE` and dotted overrides. Exits with status 2 and the reason on a key or value that does not fit."""
     parser = make_parser(prog, description)
-    values = parser.instantiate(parser.parse_args(args))
-    return PretrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(PretrainConfig)})
+    return to_config(parser.instantiate(parser.parse_args(args)))
 
 
 def make_parser(prog: str | None = None, description: str | None = None):
@@ -165,6 +164,11 @@ def make_parser(prog: str | None = None, description: str | None = None):
     parser.add_argument("--config", action="config", help="YAML file; flags after it override what it says")
     parser.add_class_arguments(PretrainConfig, nested_key=None)
     return parser
+
+
+def to_config(values) -> PretrainConfig:
+    """The configuration among the instantiated values of `make_parser`'s parser."""
+    return PretrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(PretrainConfig)})
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:

@@ -24,13 +24,14 @@ class _SparseLinear:
     """What both linears share. `settings` comes from the layer spec; without sparsity, BitNet or SubLN they are Megatron's own."""
 
     input_is_sharded = False
-    sub_norm: SubLayerNorm | None = None
 
     def __init__(self, *args, settings: ProjectionSettings, **kwargs):
         super().__init__(*args, **kwargs)
         if settings.quantized and (self.gradient_accumulation_fusion or self.bias is not None):
             raise ValueError(f"{settings.name}: a quantized linear needs gradient_accumulation_fusion=False and add_bias_linear=False")
         self.settings = settings
+        # Never a class attribute: it would hide the submodule of this name, which nn.Module finds by __getattr__ only.
+        self.sub_norm: SubLayerNorm | None = None
         self.meter = SparsityMeter()
         self.ternary = TernaryWeight(self, settings.projection) if settings.quantized else None
 

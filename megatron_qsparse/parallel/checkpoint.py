@@ -88,4 +88,7 @@ def _create_adam_state(engine: ZeroEngine, step: int) -> None:
             for moment in _MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(flat)
+    # Stages 1 and 2 link the moments of all parameter groups after stepping the first one, when the others have none yet
+    # (stage_1_and_2.py _optimizer_step, DeepSpeed 0.19.8): link again, now that all exist.
+    zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()

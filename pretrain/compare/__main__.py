@@ -43,7 +43,7 @@ def report(selection: Any, baseline_name: str | None, output: Path) -> int:
     from pretrain.compare.figures import draw
     from pretrain.compare.load import ComparisonError
     from pretrain.compare.page import build_page
-    from pretrain.compare.table import find_baseline, format_table, summarize
+    from pretrain.compare.table import find_baseline, format_table, summarize, unequal_training
     from pretrain.compare.ui import charts_link, serve_command
 
     baseline = find_baseline(selection.runs, baseline_name)
@@ -54,6 +54,7 @@ def report(selection: Any, baseline_name: str | None, output: Path) -> int:
         selection.notes.append("no run is dense (qsparse.keep 1.0, bitnet.enabled false), so there are no gaps: choose one with --baseline")
     else:
         selection.runs.sort(key=lambda run: run is not baseline)
+        selection.notes += unequal_training(selection.runs, baseline)
     summaries = [summarize(run, baseline) for run in selection.runs]
     link, command = charts_link(selection), serve_command(selection.uri)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from pretrain.compare.load import Run
-from pretrain.compare.series import AXES, Series, loss_range, make_series, points_per_mean
+from pretrain.compare.series import AXES, Series, gap_points, loss_range, make_series, points_per_mean
 from pretrain.compare.table import ENTROPY, TRAIN_LOSS, si
 
 # Okabe and Ito's palette: told apart with every common colour blindness; markers repeat the distinction without colour.
@@ -27,7 +26,7 @@ def draw(runs: list[Run], baseline: Run | None, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     available = [axis for axis in AXES if any(AXES[axis][0] in run.history for run in runs)]
-    with_gap = baseline is not None and any(run is not baseline and len(_gap_points(run, baseline)) > 1 for run in runs)
+    with_gap = baseline is not None and any(len(gap_points(run, baseline)) > 1 for run in runs)
     settings = {
         "font.size": 9.5,
         "axes.spines.top": False,
@@ -113,15 +112,15 @@ def _draw_gaps(panel: Any, runs: list[Run], baseline: Run) -> None:
     panel.axhline(0, color=GREY, linewidth=1)
     finite, end = [], 1
     for run, color, marker in _styles(runs):
-        points = _gap_points(run, baseline)
-        if run is baseline or not points:
+        points = gap_points(run, baseline)
+        if not points:
             continue
         finite += [gap for _, gap in points]
         end = max(end, points[-1][0])
         steps, gaps = zip(*points, strict=True)
         panel.plot(steps, gaps, color=color, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.8, linewidth=1.4)
         panel.annotate(f"{gaps[-1]:+.3f}", (steps[-1], gaps[-1]), (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
-    reach = _reach([[gap for _, gap in _gap_points(run, baseline)] for run in runs if run is not baseline])
+    reach = _reach([[gap for _, gap in gap_points(run, baseline)] for run in runs])
     panel.set_ylim(-reach if min(finite) < -SEED_SPREAD[1] else -1.7 * SEED_SPREAD[1], reach)
     panel.annotate(
         f"grey: two seeds of one setting\ndiffered by up to {SEED_SPREAD[1]} nat",
@@ -135,17 +134,6 @@ def _draw_gaps(panel: Any, runs: list[Run], baseline: Run) -> None:
     panel.set_title(f"Validation gap to {baseline.name}", pad=10)
     panel.set_xlabel("step")
     panel.set_ylabel("nat per token")
-
-
-def _gap_points(run: Run, baseline: Run) -> list[tuple[int, float]]:
-    """(step, validation loss minus the baseline's) at the steps that both have, the untrained start left out."""
-    reference = baseline.history.get("val/loss")
-    curve = run.history.get("val/loss")
-    if reference is None or curve is None:
-        return []
-    known = dict(zip(reference.steps, reference.values, strict=True))
-    pairs = [(step, value - known[step]) for step, value in zip(curve.steps, curve.values, strict=True) if step > 0 and step in known]
-    return [(step, gap) for step, gap in pairs if math.isfinite(gap)]
 
 
 def _tick(value: float) -> str:

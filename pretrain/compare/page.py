@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.compare.figures import SEED_SPREAD
 from pretrain.compare.load import TRAIN_LOSS, VALIDATION_LOSS, Run, Selection
-from pretrain.compare.series import AXES, loss_range, make_series, points_per_mean
+from pretrain.compare.series import AXES, gap_points, loss_range, make_series, points_per_mean
 from pretrain.compare.table import ENTROPY, LAST_POINTS, PROJECTIONS, Summary, cells, columns, differing_settings, si
 
 AXIS_TITLES = {"tokens": "Tokens", "flops": "Activated FLOPs"}
@@ -29,7 +29,7 @@ def build_page(selection: Selection, summaries: list[Summary], baseline: Run | N
     entropy = next((value for run in runs if (value := run.last(ENTROPY)) is not None), None)
     data = page_data(runs, baseline, entropy)
     spread = {"spread_low": str(SEED_SPREAD[0]), "spread_high": str(SEED_SPREAD[1])}
-    has_gap = baseline is not None and any(_has_gap(run, baseline) for run in runs)
+    has_gap = baseline is not None and any(gap_points(run, baseline) for run in runs)
     size = points_per_mean(max(len(run.history[TRAIN_LOSS].steps) for run in runs))
     buttons = [
         f'<button type="button" data-value="{axis["key"]}" aria-pressed="{str(index == 0).lower()}">{AXIS_TITLES[axis["key"]]}</button>'
@@ -130,10 +130,6 @@ def _asset(name: str) -> str:
 
 def _list(notes: list[str]) -> str:
     return f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if notes else ""
-
-
-def _has_gap(run: Run, baseline: Run) -> bool:
-    return run is not baseline and VALIDATION_LOSS in run.history and VALIDATION_LOSS in baseline.history
 
 
 def _rounded(value: float) -> float | None:

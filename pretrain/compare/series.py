@@ -48,6 +48,16 @@ def make_series(run: Run, baseline: Run | None, axis: str) -> Series | None:
     return Series(train_x, train_loss, position(validation.steps).tolist(), list(validation.values), gap)
 
 
+def gap_points(run: Run, baseline: Run) -> list[tuple[int, float]]:
+    """(step, validation loss minus the baseline's) at the steps that both have, the untrained start left out."""
+    curve, reference = run.history.get(VALIDATION_LOSS), baseline.history.get(VALIDATION_LOSS)
+    if run is baseline or curve is None or reference is None:
+        return []
+    known = dict(zip(reference.steps, reference.values, strict=True))
+    pairs = [(step, value - known[step]) for step, value in zip(curve.steps, curve.values, strict=True) if step > 0 and step in known]
+    return [(step, gap) for step, gap in pairs if math.isfinite(gap)]
+
+
 def bucket_means(x: numpy.ndarray, y: numpy.ndarray) -> tuple[list[float], list[float]]:
     """Means of consecutive groups, so that at most MAX_TRAIN_POINTS points remain; short curves stay as they are."""
     size = points_per_mean(len(x))
@@ -64,8 +74,8 @@ def loss_range(series: list[Series], entropy: float | None) -> tuple[float, floa
     """Lower and upper end of the loss axis: the first tenth of training may leave at the top, the rest fits."""
     finite = [value for item in series for value in [*item.train_loss, *item.validation_loss] if math.isfinite(value)]
     late = []
+    start = 0.1 * max(item.train_x[-1] for item in series)
     for item in series:
-        start = 0.1 * item.train_x[-1]
         points = [*zip(item.train_x, item.train_loss, strict=True), *zip(item.validation_x, item.validation_loss, strict=True)]
         late += [value for x, value in points if x >= start and math.isfinite(value)]
     if not late:

@@ -65,6 +65,24 @@ def summarize(run: Run, baseline: Run | None) -> Summary:
     )
 
 
+def unequal_training(runs: list[Run], baseline: Run) -> list[str]:
+    """A note for each run whose last validation comes after another amount of training than the baseline's."""
+    notes = []
+    reference = baseline.history.get(VALIDATION_LOSS)
+    for run in runs:
+        curve = run.history.get(VALIDATION_LOSS)
+        if reference is None or curve is None:
+            continue
+        here, there = curve.steps[-1], reference.steps[-1]
+        if (here, run.last("train/tokens")) != (there, baseline.last("train/tokens")):
+            seen, meant = si(run.last("train/tokens")), si(baseline.last("train/tokens"))
+            notes.append(
+                f"{run.name} is validated last at step {here} of {seen} tokens, {baseline.name} at step {there} of {meant}: "
+                "their gap compares different amounts of training"
+            )
+    return notes
+
+
 def columns(baseline: Run | None) -> list[str]:
     """Column titles of `cells`."""
     sparsities = [f"sparsity {name.split('.')[-1]}" for name in PROJECTIONS]

@@ -2,6 +2,8 @@
 
     python -m pretrain.tracking sync RUN_DIR... [--uri URI]     exit code 1 if something could not be shipped
     python -m pretrain.tracking status RUN_DIR...
+
+Shipping is idempotent: running it again adds nothing.
 """
 
 from __future__ import annotations

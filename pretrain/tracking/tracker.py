@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -123,7 +124,7 @@ class Tracker:
         self._shipping = ShippingThread(self._directory, uri) if config.enabled else None
         if self._shipping:
             self._shipping.start()
-        self._closed = False
+        self._closed, self._process_id = False, os.getpid()
         # A process that leaves without closing has failed; without this its run would stay RUNNING in MLflow for ever.
         atexit.register(self.close, "FAILED")
 
@@ -148,8 +149,8 @@ class Tracker:
         """
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
-        if self._closed:
-            return
+        if self._closed or os.getpid() != self._process_id:
+            return  # the second case: a forked child that leaves through sys.exit runs our atexit hook
         self._closed = True
         atexit.unregister(self.close)
         if self._sampler:

@@ -16,9 +16,7 @@ from data_tools.backends import BACKENDS, DIFFICULT_TEXTS, BackendUnavailable, G
 from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -60,7 +58,9 @@ def trained(folder: Path, tokenizer: Tokenizer, trainer: trainers.Trainer, texts
 
 def bpe(vocab_size: int = 500, **options: object) -> trainers.BpeTrainer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, **{"special_tokens": ["</s>"], **options})
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, **{"special_tokens": ["</s>"], **options}
+    )
 
 
 def test_llama3_kind_of_tokenizer(tmp_path: Path, texts: list[str]) -> None:

@@ -14,15 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import documents
-from data_tools.documents import Reason, Rejected, describe, open_sources, plan_units, read_unit
+from data_tools.documents import Part, Reason, Rejected, describe, open_sources, plan_units, read_part
 from data_tools.errors import DataError
 from tests.data_tools.helpers import write_jsonl
 
 TEXTS = ["one", "two\nlines", "", "naïve 中文 👍🏽 \u2028", "last"]
 
 
-def read_all(path: Path, field: str = "text") -> list[str | Rejected]:
-    return [text for unit in plan_units(open_sources([path])) for text in read_unit(unit, field)]
+def parts_of(path: Path, unit_bytes: int = documents.UNIT_BYTES) -> list[Part]:
+    return [part for unit in plan_units(open_sources([path]), unit_bytes) for part in unit.parts]
+
+
+def read_all(path: Path, field: str = "text", unit_bytes: int = documents.UNIT_BYTES) -> list[str | Rejected]:
+    return [text for part in parts_of(path, unit_bytes) for text in read_part(part, field)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.ndjson", "a.json.gz", "A.JSONL"])
@@ -33,7 +37,7 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
 def test_parquet_row_groups_are_units(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": range(5), "body": TEXTS}), path, row_group_size=2)
-    assert len(plan_units(open_sources([path]))) == 3
+    assert len(parts_of(path)) == 3
     assert read_all(path, "body") == TEXTS
 
 
@@ -44,8 +48,7 @@ def test_parquet_null_and_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     found = read_all(path)
     assert [found[0], found[3]] == ["good", "after"]
     assert [rejected.reason for rejected in found[1:3]] == [Reason.MISSING_TEXT, Reason.INVALID_UTF8]
-    units = plan_units(open_sources([path]))
-    assert "row 3" in describe(found[2], units[2], "text")
+    assert "row 3" in describe(found[2], parts_of(path)[2], "text")
 
 
 @pytest.mark.parametrize(("name", "encode"), [("a.txt", bytes), ("a.md.gz", gzip.compress), ("a.rst.zst", zstandard.compress)])
@@ -73,20 +76,18 @@ def test_units_cover_each_line_once(tmp_path_factory: pytest.TempPathFactory, te
     content = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + ("\n" if newline else "")
     path.write_bytes(content.encode(errors="replace"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "UNIT_BYTES", unit_bytes)
         patch.setattr(documents, "LINE_BUFFER_BYTES", buffer)
-        assert read_all(path) == [text.encode(errors="replace").decode() for text in texts]
+        assert read_all(path, unit_bytes=unit_bytes) == [text.encode(errors="replace").decode() for text in texts]
 
 
 @pytest.mark.parametrize("unit_bytes", [7, 20, 33, 1000])
-def test_line_numbers_do_not_depend_on_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
-    monkeypatch.setattr(documents, "UNIT_BYTES", unit_bytes)
+def test_line_numbers_do_not_depend_on_units(tmp_path: Path, unit_bytes: int) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n{"text": "b"}\n{"text": "\xff"}\n{"text": 3}\nnonsense\n[1]\n{"body": "c"}\n')
     found = [
-        describe(text, unit, "text")
-        for unit in plan_units(open_sources([path]))
-        for text in read_unit(unit, "text")
+        describe(text, part, "text")
+        for part in parts_of(path, unit_bytes)
+        for text in read_part(part, "text")
         if isinstance(text, Rejected)
     ]
     expected = ["line 4: text is not UTF-8", "line 5: no string in field 'text' (it holds int)", "line 6: not a JSON object"]
@@ -100,7 +101,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"fine\nfine\nnot \xe9 fine\n")
     (rejected,) = read_all(path)
-    assert "a.txt, line 3: text is not UTF-8" in describe(rejected, plan_units(open_sources([path]))[0], "text")
+    assert "a.txt, line 3: text is not UTF-8" in describe(rejected, parts_of(path)[0], "text")
 
 
 @pytest.mark.parametrize("cut", ["truncated", "flipped"])
@@ -138,3 +139,11 @@ def test_unusable_names(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=name):
         open_sources([tmp_path / name])
+
+
+def test_small_files_share_a_unit(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{index}.jsonl", [f"text {index}"]) for index in range(30)]
+    assert len(plan_units(open_sources(paths))) == 1
+    units = plan_units(open_sources(paths), unit_bytes=100)
+    assert 5 < len(units) < 30
+    assert [text for unit in units for part in unit.parts for text in read_part(part, "text")] == [f"text {index}" for index in range(30)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import statistics
@@ -141,6 +142,17 @@ def test_newest_finished_run_of_a_name_wins(tmp_path: Path, database_uri: str, c
     assert "note: crashed is left out" in capsys.readouterr().out
 
 
+def test_gaps_between_unequal_amounts_of_training_are_marked(tmp_path: Path, database_uri: str) -> None:
+    synthetic.write_run(tmp_path, "dense", database_uri, steps=20)
+    synthetic.write_run(tmp_path, "qsparse", database_uri, steps=10, interval=3)
+    assert compare(database_uri, tmp_path / "report") == 0
+    notes = json.loads((tmp_path / "report" / "runs.json").read_text())["notes"]
+    assert notes == [
+        "qsparse is validated last at step 9 of 20.5k tokens, dense at step 20 of 41.0k: their gap compares different amounts of training"
+    ]
+    assert 'id="gap"' not in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_runs_without_points_or_validation_are_mentioned(tmp_path: Path, database_uri: str) -> None:
     synthetic.write_run(tmp_path, "dense", database_uri, steps=10)
     synthetic.write_run(tmp_path, "qsparse", database_uri, steps=10, validate=False)
@@ -157,7 +169,7 @@ def test_runs_without_points_or_validation_are_mentioned(tmp_path: Path, databas
 
 def test_a_run_with_nan_and_without_axes_still_makes_a_report(tmp_path: Path, database_uri: str) -> None:
     config = TrackingConfig(experiment="quickstart", uri=database_uri, system_metrics=False)
-    tracker = Tracker(config, tmp_path / "diverged</script>", params={})
+    tracker = Tracker(dataclasses.replace(config, run_name="diverged</script>"), tmp_path / "run", params={})
     for step in range(1, 6):
         tracker.log({"train/loss": float("nan") if step > 3 else 5.0, "val/loss": float("inf")}, step)
     tracker.close()

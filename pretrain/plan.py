@@ -1,0 +1,129 @@
+"""What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, and every problem found.
+
+    python -m pretrain.plan --config pretrain/configs/tiny_qsparse.yaml --world_size 16 [--section.field value ...]
+
+Exit status 0 where the run could start, 2 where something must be changed first.
+"""
+
+import os
+import sys
+
+from data_tools.manifest import Manifest
+from megatron_qsparse.config import PROJECTIONS, resolve
+from megatron_qsparse.models.accounting import (
+    Layout,
+    activated_parameters,
+    checkpoint_bytes,
+    expected_sparsity,
+    flops_per_token,
+    memory_per_rank,
+    parameters,
+    projection_shapes,
+)
+from megatron_qsparse.models.config import ModelConfig
+from pretrain.config import PretrainConfig, make_parser, to_config
+from pretrain.validate import examine
+
+GIB = 2**30
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = make_parser(prog="python -m pretrain.plan", description=__doc__)
+    parser.add_argument("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="processes of the whole run")
+    values = parser.instantiate(parser.parse_args(args))
+    config, world_size = to_config(values), values["world_size"]
+    problems, model, manifest = examine(config, world_size)
+    for title, rows in sections(config, world_size, model, manifest):
+        print(f"{title}\n{table(rows)}\n")
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found" if problems else "no problems found: this run can start")
+    return 2 if problems else 0
+
+
+def sections(config: PretrainConfig, world_size: int, model: ModelConfig | None, manifest: Manifest | None):
+    """(title, rows) pairs of what can be said; parts that the problems make meaningless are left out."""
+    if model is None or model.num_experts:
+        return
+    try:
+        yield "model", model_rows(config, model)
+        yield "inputs kept: K x groups of the width", projection_rows(config, model)
+        yield "batch", batch_rows(config, world_size, manifest)
+        yield "memory of the fullest rank, activations estimated", memory_rows(config, world_size, model)
+    except (ValueError, ZeroDivisionError) as error:
+        # examine() names the setting; this only says why the table ends here.
+        yield "the rest cannot be computed", [("reason", str(error))]
+
+
+def model_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, str]]:
+    count = parameters(model, subln=config.bitnet.subln)
+    activated = activated_parameters(model, expected_sparsity(model, config.qsparse))
+    return [
+        ("shape", f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
+                  f"{model.num_query_groups} query groups, vocabulary {model.vocab_size}, {model.activation}"),
+        ("parameters", f"{count.total:,}: linears {count.linear:,}, embedding and head {count.embedding + count.head:,}"),
+        ("activated", f"{activated.total:,} of the linears by the mask alone ({100 * activated.sparsity:.1f} % skipped)"),
+        ("flops", f"{flops_per_token(model, config.data.sequence_length).total:.3e} per token of training, dense"),
+    ]  # fmt: skip
+
+
+def projection_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, str]]:
+    """One row for all layers of a projection that share their settings."""
+    rows = []
+    for projection in PROJECTIONS:
+        width = projection_shapes(model)[projection][1]
+        kinds: dict[str, list[int]] = {}
+        for layer in range(model.num_layers):
+            settings = resolve(layer, model.num_layers, projection, width, config.qsparse, config.bitnet)
+            mask = f"keeps {settings.k(width)} x {settings.groups} of {width}" if settings.sparse else f"dense, {width}"
+            kinds.setdefault(mask + (", ternary x int8" if settings.quantized else "") + (", SubLN" if settings.subln else ""), []).append(
+                layer
+            )
+        for text, layers in kinds.items():
+            where = "" if len(kinds) == 1 else f" (layers {', '.join(map(str, layers))})"
+            rows.append((projection, text + where))
+    return rows
+
+
+def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | None) -> list[tuple[str, str]]:
+    train, length = config.train, config.data.sequence_length
+    data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
+    tokens = train.global_batch_size * length
+    rows = [
+        ("processes", f"{world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}"),
+        ("global batch", f"{train.global_batch_size} samples of {length} tokens = {tokens:,} tokens: "
+                         f"{train.micro_batch_size} a micro-batch, {train.global_batch_size / (train.micro_batch_size * data_parallel):g} micro-batches a rank"),
+        ("run", f"{train.steps:,} steps = {train.steps * tokens:,} tokens"),
+    ]  # fmt: skip
+    if manifest is not None:
+        available = manifest.tokens("train")
+        rows.append(("data", f"{available:,} training tokens: {train.steps * tokens / available:.2f} epochs"))
+    return rows
+
+
+def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
+    parallel = config.parallel
+    layout = Layout(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, data=max(1, world_size // (parallel.tensor * parallel.pipeline)),
+        sequence=parallel.sequence, zero_stage=config.zero.stage,
+    )  # fmt: skip
+    precision = config.train.precision
+    memory = memory_per_rank(
+        model, layout, config.qsparse, config.bitnet, precision, config.train.micro_batch_size, config.data.sequence_length
+    )
+    saved = checkpoint_bytes(model, precision, config.bitnet.subln)
+    parts = ("weights", "gradients", "optimizer", "codes", "activations", "total")
+    return [
+        *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
+        ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "
+                       f"the {config.checkpoint.keep_last} kept"),
+    ]  # fmt: skip
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

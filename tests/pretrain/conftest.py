@@ -1,0 +1,21 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from data_tools.cli import main as data_tools
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Real shards: a few files of the standard library, a vocabulary of 512, about 7,000 training tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("s*.py"))[:12]]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in texts))
+    tokenizer, shards = folder / "tokenizer", folder / "shards"
+    assert data_tools(["train-tokenizer", "--input", str(corpus), "--vocab-size", "512", "--output", str(tokenizer)]) == 0
+    command = ["tokenize", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(shards)]
+    assert data_tools([*command, "--validation-fraction", "0.3", "--workers", "1"]) == 0
+    return shards

@@ -1,0 +1,104 @@
+"""A run that was stopped and started again is the unbroken run, bit for bit."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from tests.pretrain.launch import journal, losses, signal_workers, started, train, train_command, wait_for_step
+
+STEPS = 20
+# 2 processes x 2 samples x 4 micro-batches; 20 steps pass the end of the epoch of about 160 samples.
+BATCH = ["--train.micro_batch_size", 2, "--train.global_batch_size", 16, "--train.steps", STEPS, "--validation.samples", 16]
+CASES = {
+    # The second stage of the schedule, another learning rate and no weight decay, begins at step 10, where the run is broken.
+    "bf16 bitnet_qsparse": [
+        *("--train.precision", "bf16", "--bitnet.enabled", "true", "--bitnet.subln", "true", "--qsparse.keep", "0.4"),
+        *("--schedule.kind", "two_stage", "--schedule.second_lr", "1e-3", "--optimizer.lr", "3e-3"),
+    ],
+    # The warm-up ends and the final decay begins after the restart.
+    "fp32 qsparse": [
+        *("--train.precision", "fp32", "--qsparse.keep", "0.4", "--optimizer.lr", "3e-3"),
+        *("--schedule.kind", "wsd", "--schedule.warmup_steps", "11", "--schedule.decay_steps", "6"),
+    ],
+}
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved state, whole."""
+    reader = FileSystemReader(str(checkpoint / "state"))
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items() if hasattr(item, "size")}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_by_a_signal_and_started_again(case, shards, tmp_path):
+    arguments = ["--data.path", shards, *BATCH, *CASES[case], "--checkpoint.interval", 10]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(*arguments, "--output_dir", straight)
+    assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+
+    # 10 + restart + 10: what the unbroken run did after its checkpoint of step 10 is taken away.
+    shutil.copytree(straight, broken)
+    shutil.rmtree(broken / "checkpoints" / "step_00000020")
+    output = train(*arguments, "--output_dir", broken)
+    assert "going on after step 10, 160 samples" in output
+    assert losses(broken) == losses(straight)
+    assert [entry["step"] for entry in journal(broken)] == [entry["step"] for entry in journal(straight)]
+    _assert_same_state(straight, broken)
+
+    # Stopped by a signal wherever it is then, which also saves between two intervals.
+    signalled = tmp_path / "signalled"
+    with started(train_command(*arguments, "--output_dir", signalled)) as process:
+        wait_for_step(process, signalled, 4)
+        signal_workers(process, signal.SIGUSR1)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "SIGUSR1: checkpoint saved after step" in output
+    assert max(losses(signalled)) < STEPS, "the run had ended before the signal came"
+    train(*arguments, "--output_dir", signalled)
+    assert losses(signalled) == losses(straight)
+    _assert_same_state(straight, signalled)
+
+
+def _assert_same_state(first: Path, second: Path) -> None:
+    first, second = (run / "checkpoints" / f"step_{STEPS:08d}" for run in (first, second))
+    expected, found = tensors(first), tensors(second)
+    assert expected.keys() == found.keys() and any(name.startswith("optimizer.exp_avg_sq.") for name in expected)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert (first / "trainer.json").read_text() == (second / "trainer.json").read_text()
+
+
+def test_a_checkpoint_cut_in_half_is_passed_over_and_that_is_said(shards, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data.path", shards, *BATCH, "--train.precision", "fp32", "--checkpoint.interval", 10, "--output_dir", run]
+    train(*arguments)
+    expected = losses(run)
+    largest = max((run / "checkpoints" / "step_00000020" / "state").iterdir(), key=lambda path: path.stat().st_size)
+    with largest.open("rb+") as file:
+        file.truncate(largest.stat().st_size // 2)
+    output = train(*arguments)
+    assert f"{run / 'checkpoints' / 'step_00000020'} is not a complete checkpoint" in output and largest.name in output
+    assert "going on after step 10" in output
+    assert losses(run) == expected
+    assert "is complete: 20 of 20 steps are done" in train(*arguments)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data.path", shards, *BATCH, "--train.steps", 2, "--output_dir", run]
+    train(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    with started(train_command(*arguments, "--train.steps", 4, "--qsparse.keep", "0.5")) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "belongs to a different run" in output and "qsparse" in output and "choose another output_dir" in output
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert json.loads((run / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]["step"] == 2
