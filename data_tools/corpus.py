@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def write_stdlib(output: Path, root: Path | None = None, overwrite: bool = False
     return CorpusResult(documents, text_bytes, already_there)
 
 
-def _compressor(output: Path):  # noqa: ANN202
+def _compressor(output: Path) -> Callable[[bytes], bytes]:
     if output.name.endswith(".jsonl"):
         return bytes
     if output.name.endswith(".jsonl.gz"):

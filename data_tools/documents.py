@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import enum
 import gzip
-import io
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_tools.errors import DataError
+from data_tools.streams import open_bytes, split_lines
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 UNIT_BYTES = 32 << 20
-READ_BYTES = 256 << 10
-LINE_BUFFER_BYTES = 4 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".md": "text", ".rst": "text", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstandard"}
@@ -145,7 +146,7 @@ def read_part(part: Part, text_field: str) -> Iterator[str | Rejected]:
         yield from _read_rows(part, text_field)
         return
     try:
-        with _open_bytes(part.source) as file:
+        with open_bytes(part.source.path, part.source.compression) as file:
             if part.source.kind == "text":
                 yield _decode_text(file.read())
             else:
@@ -182,14 +183,6 @@ def _position_in_file(rejected: Rejected, part: Part) -> int:
     return before + rejected.position
 
 
-def _open_bytes(source: Source) -> BinaryIO:
-    if source.compression == "gzip":
-        return io.BufferedReader(gzip.open(source.path, "rb"), READ_BYTES)
-    if source.compression == "zstandard":
-        return io.BufferedReader(ZstandardFile(source.path), READ_BYTES)
-    return open(source.path, "rb")
-
-
 def _decode_text(content: bytes) -> str | Rejected:
     try:
         return content.removeprefix(UTF8_BOM).decode()
@@ -202,7 +195,7 @@ def _read_lines(part: Part, file: BinaryIO, text_field: str) -> Iterator[str | R
     import orjson
 
     position, stop = part.start, part.stop or None
-    lines = _split_lines(file)
+    lines = split_lines(file)
     if part.start:
         # The line that holds the byte before the range belongs to the part before.
         file.seek(part.start - 1)
@@ -231,32 +224,6 @@ def _read_lines(part: Part, file: BinaryIO, text_field: str) -> Iterator[str | R
             yield Rejected(Reason.INVALID_JSON, number, f"it is a {type(record).__name__}")
 
 
-def _split_lines(file: BinaryIO) -> Iterator[memoryview]:
-    """The lines of a file without their newline, each valid until the next is asked for.
-
-    They are views of one buffer that is used again and again: fresh memory for each line would cost as much as parsing it.
-    """
-    buffer = bytearray(LINE_BUFFER_BYTES)
-    start = end = 0
-    while True:
-        view = memoryview(buffer)
-        while (newline := buffer.find(b"\n", start, end)) >= 0:
-            yield view[start:newline]
-            start = newline + 1
-        rest = bytes(view[start:end])
-        if len(rest) > len(buffer) // 2:
-            buffer = bytearray(2 * len(buffer))
-            view = memoryview(buffer)
-        start, end = 0, len(rest)
-        view[:end] = rest
-        count = file.readinto(view[end:])
-        if not count:
-            if rest:
-                yield view[:end]
-            return
-        end += count
-
-
 def _reject_line(line: bytes, number: int, detail: str) -> Rejected:
     try:
         line.decode()
@@ -265,8 +232,8 @@ def _reject_line(line: bytes, number: int, detail: str) -> Rejected:
     return Rejected(Reason.INVALID_JSON, number, detail)
 
 
-def open_parquet(path: Path):  # noqa: ANN201 (pyarrow is imported only where parquet is read)
-    """A `pyarrow.parquet.ParquetFile`. Raises DataError when the file is not parquet."""
+def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    """Opens a parquet file. Raises DataError when the file is not parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -307,47 +274,3 @@ def _read_rows(part: Part, text_field: str) -> Iterator[str | Rejected]:
 
 def _first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
-
-
-class ZstandardFile(io.RawIOBase):
-    """A zstandard file of any number of frames. Unlike the library's own stream reader it notices a missing end."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self.path = path
-        self.file = open(path, "rb")
-        self.new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self.error = zstandard.ZstdError
-        self.frame = self.new_frame()
-        self.inside_frame = False
-        self.input = b""
-        self.output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self.output:
-            if not self.input:
-                self.input = self.file.read(READ_BYTES)
-                if not self.input:
-                    if self.inside_frame:
-                        raise DataError(f"{self.path}: truncated zstandard data; write the file again")
-                    return 0
-            try:
-                self.output = memoryview(self.frame.decompress(self.input))
-            except self.error as error:
-                raise DataError(f"{self.path}: corrupt zstandard data ({error}); write the file again") from error
-            self.input = self.frame.unused_data
-            self.inside_frame = not self.frame.eof
-            if self.frame.eof:
-                self.frame = self.new_frame()
-        count = min(len(buffer), len(self.output))
-        buffer[:count] = self.output[:count]
-        self.output = self.output[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from decimal import Decimal
@@ -64,7 +65,8 @@ class Job:
         self.work = output / WORK_FOLDER
         self.sources = sources
         self.source_entries = [
-            {"name": source.path.name, "bytes": source.path.stat().st_size, "fingerprint": fingerprint(source.path)} for source in sources
+            {"name": _printable(path), "bytes": path.stat().st_size, "fingerprint": fingerprint(path)}
+            for path in (source.path for source in sources)
         ]
         self.identity = {
             "format_version": FORMAT_VERSION,
@@ -149,6 +151,11 @@ class Job:
     def finish(self) -> None:
         """Removes the work folder, after the manifest has been published."""
         shutil.rmtree(self.work)
+
+
+def _printable(path: Path) -> str:
+    """The file's name, without the bytes that no text can hold."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def encode_manifest(content: dict[str, Any]) -> bytes:
         else:
             text = json.dumps(value, ensure_ascii=False, indent=1).replace("\n", "\n ")
             parts.append(f" {json.dumps(key)}: {text}")
-    return ("{\n" + ",\n".join(parts) + "\n}\n").encode(errors="surrogateescape")
+    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
 
 
 def shard_entry(shard: Shard) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools.errors import DataError, ManifestError
 from data_tools.files import sha256_file
-from data_tools.manifest import MANIFEST_NAME, Manifest
+from data_tools.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_tools.progress import Progress
 
 
@@ -38,7 +38,7 @@ def verify(directory: Path, threads: int = 1) -> list[Finding]:
     except ManifestError as error:
         return [Finding(MANIFEST_NAME, str(error))]
     expected = {shard.name: (shard.size, shard.sha256) for shard in manifest.shards}
-    expected[manifest.content["tokenizer"]["file"]] = (None, manifest.tokenizer_sha256)
+    expected[TOKENIZER_NAME] = (None, manifest.tokenizer_sha256)
     findings = []
     with Progress("verify", sum(shard.size for shard in manifest.shards)) as progress, ThreadPoolExecutor(threads) as pool:
         checks = pool.map(lambda name: _check(directory / name, *expected[name]), expected)

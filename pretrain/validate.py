@@ -176,4 +176,6 @@ def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
             found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={ranks}")
     if model.num_layers % parallel.pipeline:
         found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
+    if model.tied_embeddings and parallel.pipeline > 1 and config.zero.stage == 2:
+        found.append(f"zero.stage=2 does not go with model.tied_embeddings=true and parallel.pipeline={parallel.pipeline}: use zero.stage=1")
     return found + sparsity_problems(config.qsparse, config.bitnet, projection_widths(model), model.num_layers, parallel.tensor)

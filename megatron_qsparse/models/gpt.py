@@ -36,6 +36,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     )  # fmt: skip
 
 
+class _GPT(GPTModel):
+    """Without Megatron's copy of a tied embedding to the last pipeline stage: `initialize_by_name` draws the same weight on
+    both, and the copy needs a CUDA device (`weight.data.cuda()`, language_module.py line 244 in 0.16.1).
+    """
+
+    def _is_in_embd_group(self) -> bool:
+        return False
+
+
 def build_model(
     model: ModelConfig, qsparse: QSparseConfig, bitnet: BitNetConfig, parallel: ParallelConfig, *,
     sequence_length: int, dtype: torch.dtype, seed: int, device: torch.device, recompute: bool = False,
@@ -46,7 +55,7 @@ def build_model(
     each token [batch, sequence], fp32.
     """
     config = transformer_config(model, parallel, dtype, recompute)
-    gpt = GPTModel(
+    gpt = _GPT(
         config, block_spec(config, qsparse, bitnet), vocab_size=model.vocab_size, max_sequence_length=sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True, share_embeddings_and_output_weights=model.tied_embeddings,

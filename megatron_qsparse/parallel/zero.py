@@ -48,6 +48,9 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int):
         if stage not in SUPPORTED_STAGES:
             raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
+        self._shared_embedding = shared_embedding(model)
+        if self._shared_embedding is not None and stage == 2:
+            raise ValueError("tied embeddings over pipeline stages need ZeRO stage 1: stage 2 has scattered their gradients by then")
         self.model, self.stage = model, stage
         self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
         self.device = next(model.parameters()).device
@@ -55,7 +58,6 @@ class ZeroEngine:
         self.meters = SparsityMeters(model.modules(), self.device)
         if model.config.sequence_parallel:
             install_sequence_parallel_hooks(model)
-        self._shared_embedding = shared_embedding(model)
         model.config.finalize_model_grads_func = self._finalize_gradients
         self.engine = deepspeed.initialize(
             model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
@@ -93,6 +95,8 @@ class ZeroEngine:
             "zero_optimization": {"stage": self.stage},
             "gradient_clipping": clip,
             "steps_per_print": 1 << 60,
+            # By default DeepSpeed rounds fp32 gradients to bf16 for the reduction, even on one data-parallel rank.
+            "communication_data_type": "fp32",
             **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
         }
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from data_tools import backends
 from data_tools.backends import BACKENDS, DIFFICULT_TEXTS, BackendUnavailable, GigatokenEncoder, TiktokenEncoder, choose_backend
 from data_tools.errors import DataError
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import TokenizerFile, load_tokenizer
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -104,7 +104,7 @@ def test_an_encoder_that_disagrees_is_passed_over_with_a_warning(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Wrong(GigatokenEncoder):
-        def __init__(self, tokenizer_file) -> None:  # noqa: ANN001
+        def __init__(self, tokenizer_file: TokenizerFile) -> None:
             super().__init__(tokenizer_file)
             right = self.encode
             self.encode = lambda text: right(text.replace("unusual", "usual"))

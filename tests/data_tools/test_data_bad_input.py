@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from data_tools.manifest import Manifest
 from tests.data_tools.helpers import ENVIRONMENT, assert_clear_error, command, folder_bytes, run, tokenize_here, write_jsonl
 
 
-def tokenize(corpus: Path, tokenizer: Path, output: Path, *arguments: object):  # noqa: ANN201
+def tokenize(corpus: Path, tokenizer: Path, output: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return run("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", 1, *arguments)
 
 
@@ -115,7 +116,7 @@ def test_disk_full_by_file_size_limit(tmp_path: Path, tokenizer: Path, large: tu
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):  # noqa: ANN201
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2.2 MB of its own."""
     path = tmp_path / "disk"
     path.mkdir()

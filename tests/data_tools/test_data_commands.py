@@ -143,3 +143,12 @@ def test_progress_in_a_log_file_is_lines() -> None:
     first, second = result.stderr.splitlines()
     assert first.startswith("tokenize: 50% | 100 B of 200 B | ")
     assert second.startswith("tokenize: 100% | 200 B of 200 B | ")
+
+
+def test_the_benchmark_prints_json() -> None:
+    root = Path(sysconfig.get_path("stdlib")) / "json"
+    arguments = ("--root", root, "--megabytes", 1, "--vocab-size", 300, "--workers", 1, "--repetitions", 1)
+    line = [command()[0], "-m", "data_tools.benchmark", *map(str, arguments)]
+    result = json.loads(subprocess.run(line, env=ENVIRONMENT, capture_output=True, check=True, timeout=100).stdout)
+    assert result["tokenize"][0]["megabytes_per_cpu_s"] > 0
+    assert result["reader"][0]["tokens_per_s"] > 0

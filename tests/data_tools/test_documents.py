@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import documents
+from data_tools import documents, streams
 from data_tools.documents import Part, Reason, Rejected, describe, open_sources, plan_units, read_part
 from data_tools.errors import DataError
 from tests.data_tools.helpers import write_jsonl
@@ -52,7 +53,7 @@ def test_parquet_null_and_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "encode"), [("a.txt", bytes), ("a.md.gz", gzip.compress), ("a.rst.zst", zstandard.compress)])
-def test_a_text_file_is_one_document(tmp_path: Path, name: str, encode) -> None:  # noqa: ANN001
+def test_a_text_file_is_one_document(tmp_path: Path, name: str, encode: Callable[[bytes], bytes]) -> None:
     (tmp_path / name).write_bytes(encode("\ufeffa b\n\nä\n".encode()))
     assert read_all(tmp_path / name) == ["a b\n\nä\n"]
 
@@ -71,12 +72,14 @@ def test_byte_order_mark_and_missing_last_newline(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(max_size=30), max_size=12), unit_bytes=st.integers(1, 90), newline=st.booleans(), buffer=st.integers(2, 64))
-def test_units_cover_each_line_once(tmp_path_factory: pytest.TempPathFactory, texts, unit_bytes, newline, buffer) -> None:  # noqa: ANN001
+def test_units_cover_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], unit_bytes: int, newline: bool, buffer: int
+) -> None:
     path = tmp_path_factory.mktemp("units") / "a.jsonl"
     content = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + ("\n" if newline else "")
     path.write_bytes(content.encode(errors="replace"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "LINE_BUFFER_BYTES", buffer)
+        patch.setattr(streams, "LINE_BUFFER_BYTES", buffer)
         assert read_all(path, unit_bytes=unit_bytes) == [text.encode(errors="replace").decode() for text in texts]
 
 
@@ -106,7 +109,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", ["truncated", "flipped"])
 @pytest.mark.parametrize(("name", "encode"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])
-def test_corrupt_compressed_data(tmp_path: Path, name: str, encode, cut: str) -> None:  # noqa: ANN001
+def test_corrupt_compressed_data(tmp_path: Path, name: str, encode: Callable[[bytes], bytes], cut: str) -> None:
     lines = b"".join(json.dumps({"text": f"{index * 7919 % 10007}"}).encode() + b"\n" for index in range(5000))
     content = bytearray(encode(lines))
     if cut == "truncated":

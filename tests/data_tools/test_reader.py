@@ -65,7 +65,7 @@ def reference(shards: Path, num_batches: int) -> str:
     return digest(global_batches(shards, 1, 0, 0, num_batches))
 
 
-@pytest.mark.parametrize(("size", "workers"), [(2, 0), (4, 0), (1, 2), (2, 2), (4, 2), (1, 3)])
+@pytest.mark.parametrize(("size", "workers"), [(2, 0), (4, 0), (1, 2), (2, 2), (4, 2)])
 def test_one_sequence_for_every_layout(shards: Path, num_batches: int, reference: str, size: int, workers: int) -> None:
     assert digest(global_batches(shards, size, workers, 0, num_batches)) == reference
 
@@ -179,10 +179,10 @@ def test_missing_and_cut_shards(tmp_path: Path, shards: Path) -> None:
     shard = copy / "train-000001.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:-512])
-    with pytest.raises(ManifestError, match=rf"train-000001.tar has {len(content) - 512} bytes, .* python -m data_tools verify"):
+    with pytest.raises(ManifestError, match=rf"train-000001.tar has {len(content) - 512} bytes, .* `python -m data_tools verify"):
         dataset(copy)
     shard.unlink()
-    with pytest.raises(ManifestError, match=r"train-000001.tar is missing: .* python -m data_tools verify"):
+    with pytest.raises(ManifestError, match=r"train-000001.tar is missing: .* `python -m data_tools verify"):
         dataset(copy)
     TokenStore(copy, "validation", SEQUENCE_LENGTH)
     with pytest.raises(ManifestError, match="no split 'test', there is: train, validation"):

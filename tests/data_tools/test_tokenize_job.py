@@ -285,6 +285,26 @@ def test_killed_and_started_again(
     assert folder_bytes(output) == undisturbed
 
 
+def test_work_files_that_the_machine_lost_are_made_again(
+    tmp_path: Path, tokenizer: Path, many_inputs: list[Path], undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("tokenize", "--input", *many_inputs, "--tokenizer", tokenizer, "--output", output, "--backend", "tokenizers")
+    arguments = (*arguments, "--unit-bytes", 20_000, *SMALL, "--workers", 1)
+    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while not after_a_shard(output / ".tokenize"):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    next(output.glob(".tokenize/hash/*.npz")).write_bytes(b"")
+    for path in output.glob(".tokenize/tokens/*.validation"):
+        path.write_bytes(b"")
+    assert_clear_error(run(*arguments), ".validation was lost when the machine went down", "run the same command again")
+    assert run(*arguments).returncode == 0
+    assert folder_bytes(output) == undisturbed
+
+
 def test_an_interrupted_job_whose_input_changed_starts_over(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
     corpus, output = write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "out"
     tokenize_here([corpus], tokenizer, output)

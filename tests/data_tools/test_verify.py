@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_missing_manifest_and_missing_folder(copy: Path, tmp_path: Path) -> None
     assert_clear_error(run("verify", tmp_path / "nowhere"), "nowhere is not a folder")
 
 
-def rewrite(copy: Path, change) -> None:  # noqa: ANN001
+def rewrite(copy: Path, change: Callable[[dict], object]) -> None:
     content = json.loads((copy / "manifest.json").read_bytes())
     content.pop("checksum")
     change(content)
@@ -131,7 +132,7 @@ def rewrite(copy: Path, change) -> None:  # noqa: ANN001
         (lambda content: content["shards"][2].pop("size"), r"field shards\[2\] is malformed"),
     ],
 )
-def test_a_manifest_that_is_consistent_but_wrong(copy: Path, change, words: str) -> None:  # noqa: ANN001
+def test_a_manifest_that_is_consistent_but_wrong(copy: Path, change: Callable[[dict], object], words: str) -> None:
     rewrite(copy, change)
     with pytest.raises(ManifestError, match=rf"manifest.json: .*{words}"):
         Manifest.load(copy)

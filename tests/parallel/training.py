@@ -9,7 +9,7 @@ import torch
 
 from tests.parallel.helpers import SEQUENCE, build, gather, layout, tokens
 
-GLOBAL_BATCH, MICRO_BATCH, LR, DECAY = 8, 1, 1e-2, 0.1
+GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,7 +44,7 @@ def make_engine(case: Case, parallel):
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
-    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0)
+    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
     return ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
 
 
@@ -103,7 +103,7 @@ def _train_plainly(case: Case) -> History:
             {"params": [m for m in masters if m.dim() > 1], "weight_decay": DECAY},
             {"params": [m for m in masters if m.dim() == 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+        optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
         history = History([], [])
         positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
         for step in range(case.steps):
