@@ -6,7 +6,8 @@ included: MB (10^6 bytes) of UTF-8 text per CPU-second, user and system time of 
 measured in one process with a new dataset, so that computing the order is included, and each token is copied into an
 int64 batch; the shards are in the page cache.
 
-Prints one JSON object. Times on a shared machine are noisy: each figure is given for every repetition.
+Prints one JSON object. Times on a shared machine are noisy: each figure is given for every repetition, interleaved with
+what reading and encoding alone achieve at that time.
 """
 
 from __future__ import annotations
@@ -59,6 +60,23 @@ def run_command(*arguments: str | Path) -> tuple[float, float]:
     return wall, cpu
 
 
+def measure_encoder(corpus: Path, tokenizer: Path) -> float:
+    """MB of text per CPU-second of reading jsonl and encoding it alone, in this process: the yardstick for the machine's state."""
+    from data_tools.backends import BACKENDS
+    from data_tools.documents import open_sources, plan_units, read_part
+    from data_tools.tokenizer import load_tokenizer
+
+    encoder = BACKENDS["gigatoken"].load(load_tokenizer(tokenizer))
+    text_bytes = 0
+    start = time.process_time()
+    for unit in plan_units(open_sources([corpus])):
+        for part in unit.parts:
+            for text in read_part(part, "text"):
+                text_bytes += len(text.encode())
+                encoder.encode(text)
+    return round(text_bytes / 1e6 / (time.process_time() - start), 1)
+
+
 def measure_reader(shards: Path, sequence_length: int, micro_batch_size: int, num_tokens: int) -> dict[str, float]:
     """Tokens per second of a new TokenDataset in this process."""
     from data_tools.reader import TokenDataset
@@ -98,7 +116,13 @@ def main() -> None:
         run_command(
             "train-tokenizer", "--input", folder / "sample.jsonl", "--vocab-size", str(options.vocab_size), "--output", folder / "tokenizer"
         )
-        result = {"text_megabytes": round(text_bytes / 1e6, 1), "vocab_size": options.vocab_size, "tokenize": [], "reader": []}
+        result = {
+            "text_megabytes": round(text_bytes / 1e6, 1),
+            "vocab_size": options.vocab_size,
+            "encoder_alone_megabytes_per_cpu_s": [],
+            "tokenize": [],
+            "reader": [],
+        }
         for _ in range(options.repetitions):
             for workers in options.workers:
                 job = ("--input", folder / "corpus.jsonl", "--tokenizer", folder / "tokenizer", "--output", folder / "shards")
@@ -110,6 +134,7 @@ def main() -> None:
                         "megabytes_per_s": round(text_bytes / 1e6 / wall, 1),
                     }
                 )
+            result["encoder_alone_megabytes_per_cpu_s"].append(measure_encoder(folder / "corpus.jsonl", folder / "tokenizer"))
             result["reader"].append(measure_reader(folder / "shards", options.sequence_length, 16, 400_000_000))
         print(json.dumps(result, indent=1))
 

@@ -30,6 +30,7 @@ from data_tools.tokenizer import TokenizerFile
 
 DROPPED = 255
 NO_DIGEST = bytes(16)
+BUFFER_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,57 @@ def tokenize_unit(task: TokenizeTask) -> int:
     if read_journal(done) is not None:
         return task.unit.input_bytes
     encoder = BACKENDS[task.backend].load(task.tokenizer)
-    dtype = np.dtype(task.dtype).newbyteorder("<")
-    eod_id = task.tokenizer.eod_id
-    end = np.array([eod_id], dtype=dtype).tobytes()
-    files = [AtomicFile(task.folder / f"{task.name}.{split}", durable=False) for split in SPLITS]
-    lens: list[list[int]] = [[] for _ in SPLITS]
-    texts = ((part, text) for part in task.unit.parts for text in read_part(part, task.text_field))
+    files = [TokenFile(task.folder / f"{task.name}.{split}", task.dtype, task.tokenizer) for split in SPLITS]
     try:
-        for (part, text), split in zip(texts, task.plan.tolist(), strict=True):
-            if split == DROPPED:
-                continue
-            ids = encoder.encode(text)
-            if (ids == eod_id).any():
-                raise DataError(
-                    f"{part.source.path}: plain text was encoded as the end-of-document token {task.tokenizer.eod_token!r}; "
-                    "name a token with --eod-token that text cannot produce"
-                )
-            files[split].write(ids.astype(dtype).data)
-            files[split].write(end)
-            lens[split].append(len(ids) + 1)
+        texts = (text for part in task.unit.parts for text in read_part(part, task.text_field))
+        for text, split in zip(texts, task.plan.tolist(), strict=True):
+            if split != DROPPED:
+                files[split].append(encoder.encode(text))
         for file in files:
             file.commit()
     finally:
         for file in files:
             file.discard()
-    _write_journal(done, **{split: np.array(lens[index], dtype=np.uint32) for index, split in enumerate(SPLITS)})
+    _write_journal(done, **{split: np.array(file.lens, dtype=np.uint32) for split, file in zip(SPLITS, files, strict=True)})
     return task.unit.input_bytes
+
+
+class TokenFile:
+    """Tokens of documents on their way to a file, through a buffer that is used again and again."""
+
+    def __init__(self, path: Path, dtype: str, tokenizer: TokenizerFile) -> None:
+        self.file = AtomicFile(path, durable=False)
+        self.tokenizer = tokenizer
+        self.buffer = np.empty(BUFFER_TOKENS, np.dtype(dtype).newbyteorder("<"))
+        self.filled = 0
+        self.lens: list[int] = []
+        self.flushed_documents = 0
+        self.discard = self.file.discard
+
+    def append(self, ids: np.ndarray) -> None:
+        """Adds a document, ids uint32 [num_tokens], and the token that ends it."""
+        length = len(ids) + 1
+        if self.filled + length > len(self.buffer):
+            self._flush()
+            if length > len(self.buffer):
+                self.buffer = np.empty(length, self.buffer.dtype)
+        self.buffer[self.filled : self.filled + length - 1] = ids
+        self.filled += length
+        self.buffer[self.filled - 1] = self.tokenizer.eod_id
+        self.lens.append(length)
+
+    def _flush(self) -> None:
+        tokens = self.buffer[: self.filled]
+        if np.count_nonzero(tokens == self.tokenizer.eod_id) != len(self.lens) - self.flushed_documents:
+            problem = f"plain text was encoded as the end-of-document token {self.tokenizer.eod_token!r}"
+            raise DataError(f"{self.tokenizer.path}: {problem}; name a token with --eod-token that text cannot produce")
+        self.file.write(tokens.data)
+        self.filled, self.flushed_documents = 0, len(self.lens)
+
+    def commit(self) -> None:
+        """Writes what is left and gives the file its name."""
+        self._flush()
+        self.file.commit()
 
 
 def read_journal(path: Path) -> dict[str, np.ndarray] | None:

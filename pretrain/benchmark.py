@@ -14,6 +14,7 @@ from pathlib import Path
 
 RUNS = ("dense", "qsparse", "bitnet", "bitnet_qsparse")
 WARM_UP_ROUNDS = 3
+VOCABULARY = 2048
 
 
 def main(args: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def measure(options: argparse.Namespace) -> int:
     world = dist.get_world_size()
     engines = {}
     for name, config in configs.items():
-        model = apply_preset(config.model, tokenizer_vocab_size=4096)
+        model = apply_preset(config.model, tokenizer_vocab_size=VOCABULARY)
         engines[name] = build_engine(Validated(config, model, None, world, 1), device)
     first = configs["dense"]
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -59,7 +60,7 @@ def measure(options: argparse.Namespace) -> int:
     seconds = {name: [] for name in RUNS}
     for round_number in range(WARM_UP_ROUNDS + options.rounds):
         for name, engine in engines.items():
-            batch = torch.randint(0, 4096, shape, generator=generator).to(device)
+            batch = torch.randint(0, VOCABULARY, shape, generator=generator).to(device)
             dist.barrier()
             started = time.perf_counter()
             engine.train_step(iter([batch]), 1, lr=1e-4, weight_decay=0.1)

@@ -30,7 +30,7 @@ class CodeLinear(torch.autograd.Function):
         y = scaled_product(all_codes.flatten(0, -2), scale.flatten(0, -2), weight_codes, alpha).to(x.dtype)
         ctx.save_for_backward(codes, scale, weight_codes, alpha)
         ctx.sequence_parallel, ctx.allreduce_dgrad, ctx.group = sequence_parallel, allreduce_dgrad, group
-        return y.view(*all_codes.shape[:-1], -1)
+        return y.view(*all_codes.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad_y):

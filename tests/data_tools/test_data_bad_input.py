@@ -66,6 +66,12 @@ def test_vocabulary_larger_than_the_dtype(tmp_path: Path, tokenizer: Path) -> No
     assert Manifest.load(tmp_path / "out").dtype == "uint32"
 
 
+def test_a_token_that_text_produces_cannot_end_documents(tmp_path: Path, tokenizer: Path) -> None:
+    result = tokenize(write_jsonl(tmp_path / "c.jsonl", ["one", "A"]), tokenizer, tmp_path / "out", "--eod-token", "A")
+    assert_clear_error(result, "tokenizer.json", "plain text was encoded as the end-of-document token 'A'", "--eod-token")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

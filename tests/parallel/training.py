@@ -10,6 +10,7 @@ import torch
 from tests.parallel.helpers import SEQUENCE, build, gather, layout, tokens
 
 GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-5
+UNTIED_TWIN = {"tied_bitnet_subln": "bitnet_groups_subln"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,6 +28,8 @@ class Case:
     recompute: bool = False
     without_reset: bool = False
     """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
+    two_copies: bool = False
+    """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
 
 @dataclass
@@ -94,21 +97,14 @@ def train_plainly(rank: int, cases: list[Case]) -> dict[Case, History]:
 def _train_plainly(case: Case) -> History:
     from megatron_qsparse.layers.ternary import TernaryWeights
 
+    variant = UNTIED_TWIN[case.variant] if case.two_copies else case.variant
     with layout() as parallel:
-        model = build(case.variant, parallel, dtype=DTYPES[case.precision])
+        model = build(variant, parallel, dtype=DTYPES[case.precision])
         ternary = TernaryWeights(model.modules())
-        params = list(model.parameters())
-        masters = [param.detach().float().clone().requires_grad_() for param in params]
-        groups = [
-            {"params": [m for m in masters if m.dim() > 1], "weight_decay": DECAY},
-            {"params": [m for m in masters if m.dim() == 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
+        masters = _Masters(model, case.two_copies)
         history = History([], [])
         positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
         for step in range(case.steps):
-            for master in masters:
-                master.grad = torch.zeros_like(master)
             total = 0.0
             batches = micro_batches(step)
             for batch in batches:
@@ -116,16 +112,44 @@ def _train_plainly(case: Case) -> History:
                 loss = losses.float().mean()
                 (loss / len(batches)).backward()
                 total += loss.item() / len(batches)
-                for param, master in zip(params, masters, strict=True):
-                    master.grad += param.grad.float()
-                    param.grad = None
-            norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                for param, master in zip(params, masters, strict=True):
-                    param.copy_(master)
-            ternary.invalidate()
+                masters.accumulate()
+            history.norms.append(masters.step())
             history.losses.append(total)
-            history.norms.append(norm.item())
+            ternary.invalidate()
         history.weights = gather(model)
         return history
+
+
+class _Masters:
+    """fp32 master weights, gradients and AdamW of a model in any precision."""
+
+    def __init__(self, model, two_copies: bool):
+        named = dict(model.named_parameters())
+        if two_copies:
+            with torch.no_grad():
+                named["output_layer.weight"].copy_(named["embedding.word_embeddings.weight"])
+        self.of = {name: param.detach().float().clone().requires_grad_() for name, param in named.items()}
+        if two_copies:
+            self.of["output_layer.weight"] = self.of["embedding.word_embeddings.weight"]
+        self.params, self.masters = named, list(dict.fromkeys(self.of.values()))
+        groups = [
+            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": DECAY},
+            {"params": [m for m in self.masters if m.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
+
+    def accumulate(self) -> None:
+        for name, param in self.params.items():
+            master, grad = self.of[name], param.grad.float()
+            master.grad = grad if master.grad is None else master.grad + grad
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Clip, update, copy back; returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, param in self.params.items():
+            param.copy_(self.of[name])
+        return norm

@@ -1,0 +1,61 @@
+"""A gradient that is not finite on one rank: no rank applies the step, and the next step goes on as if nothing had been."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run_distributed
+from tests.parallel.helpers import gather, layout
+from tests.parallel.training import Case, make_engine, take_step
+
+CASES = {
+    "fp32": (Case(), math.nan),
+    "fp32 stage 2": (Case(stage=2), math.inf),
+    "bf16": (Case(precision="bf16"), math.nan),
+    "bf16 stage 2": (Case(precision="bf16", stage=2), math.nan),
+    "fp32 pipeline": (Case(pipeline=2), math.inf),
+    "bf16 pipeline": (Case("bitnet_groups_subln", "bf16", pipeline=2), math.inf),
+    "bf16 pipeline stage 2": (Case(precision="bf16", pipeline=2, stage=2), math.inf),
+}
+
+
+def _poisoned_runs(rank: int) -> dict[str, dict]:
+    return {name: _poisoned_run(case, value) for name, (case, value) in CASES.items()}
+
+
+def _poisoned_run(case: Case, value: float) -> dict:
+    """Two good steps, with a poisoned one in between and without it."""
+    found = {}
+    with layout(case.tensor, case.pipeline) as parallel:
+        clean, engine = make_engine(case, parallel), make_engine(case, parallel)
+        factor = 1.0
+        if dist.get_rank() == 0:
+            next(engine.model.decoder.layers[0].parameters()).register_hook(lambda grad: grad * factor)
+        take_step(clean, 0), take_step(engine, 0)
+        before = gather(engine.model)
+        factor = value
+        found["poisoned"] = take_step(engine, 1)
+        after = gather(engine.model)
+        found["unchanged"] = all(torch.equal(before[name], after[name]) for name in before)
+        factor = 1.0
+        found["next"], found["expected"] = take_step(engine, 2), take_step(clean, 2)
+        weights, expected = gather(engine.model), gather(clean.model)
+        found["same end"] = all(torch.equal(weights[name], expected[name]) for name in weights)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, dict]]:
+    return run_distributed(_poisoned_runs, 2, timeout=300)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_is_skipped_by_every_rank_and_leaves_no_trace(runs, name):
+    for rank in runs:
+        run = rank[name]
+        assert not run["poisoned"].applied and run["poisoned"].grad_norm == math.inf
+        assert run["unchanged"]
+        assert run["next"].applied and run["next"] == run["expected"]
+        assert run["same end"]

@@ -1,0 +1,84 @@
+"""The engine takes the same steps as plain AdamW in one process, whatever is sharded over the data-parallel ranks.
+
+Three steps of a global batch of four micro-batches, clipped at a norm of 1 (all gradients are larger). bf16 is compared with
+fp32 master weights kept by hand; a single bf16 weight that rounds the other way after a step moves later losses a little,
+so only the first step is held to fp32 rounding there.
+"""
+
+import pytest
+import torch
+
+from tests.parallel.conftest import DATA_PARALLEL, ONE, RECOMPUTE, TENSOR
+from tests.parallel.training import Case, History
+
+
+def assert_same(found: History, expected: History, precision: str) -> None:
+    """Losses, gradient norms and final weights of two runs."""
+    steps = len(found.losses)
+    losses, norms = torch.tensor(found.losses), torch.tensor(found.norms)
+    expected_losses, expected_norms = torch.tensor(expected.losses[:steps]), torch.tensor(expected.norms[:steps])
+    assert (norms > 1).all(), "clipping was not exercised"
+    assert torch.allclose(losses[0], expected_losses[0], rtol=0, atol=2e-6)
+    assert torch.allclose(norms[0], expected_norms[0], rtol=1e-6, atol=0)
+    assert torch.allclose(losses, expected_losses, rtol=0, atol=2e-6 if precision == "fp32" else 2e-5), losses - expected_losses
+    assert torch.allclose(norms, expected_norms, rtol=1e-6 if precision == "fp32" else 2e-4, atol=0), norms / expected_norms - 1
+    if steps == len(expected.losses):
+        assert_weights_same(found, expected, precision)
+
+
+def assert_weights_same(found: History, expected: History, precision: str) -> None:
+    assert set(found.weights) == set(expected.weights)
+    for name, weight in expected.weights.items():
+        difference = (found.weights[name] - weight).abs()
+        if precision == "fp32":
+            assert difference.max() <= 2e-5 * weight.abs().max(), name
+        else:
+            # One unit in the last place of bf16 is at most 2^-7 of the value.
+            assert (difference > weight.abs() / 128).float().mean() <= 2e-3, name
+
+
+def plain_case(case: Case) -> Case:
+    return Case(case.variant, case.precision)
+
+
+def label(case: Case) -> str:
+    parts = [case.variant, case.precision, f"zero{case.stage}"]
+    parts += [f"tp{case.tensor}"] * (case.tensor > 1) + ["sp"] * case.sequence + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    return "-".join(parts + ["recompute"] * case.recompute)
+
+
+@pytest.mark.parametrize("case", ONE, ids=label)
+def test_the_engine_alone_is_adamw(plain, one_rank, case):
+    assert_same(one_rank[case], plain[case], case.precision)
+
+
+@pytest.mark.parametrize("case", DATA_PARALLEL, ids=label)
+def test_two_data_parallel_ranks_are_adamw_in_one_process(plain, two_ranks, case):
+    assert_same(two_ranks[case], plain[plain_case(case)], case.precision)
+
+
+@pytest.mark.parametrize("case", DATA_PARALLEL, ids=label)
+def test_one_and_two_data_parallel_ranks_agree(one_rank, two_ranks, case):
+    assert_same(two_ranks[case], one_rank[plain_case(case)], case.precision)
+
+
+@pytest.mark.parametrize("case", TENSOR, ids=label)
+def test_tensor_parallel_ranks_have_the_norm_of_one(one_rank, two_ranks, case):
+    """DeepSpeed counts sharded parameters on every rank and replicated ones once, SubLN and tied embeddings included."""
+    assert_same(two_ranks[case], one_rank[plain_case(case)], case.precision)
+
+
+@pytest.mark.parametrize("case", RECOMPUTE, ids=label)
+def test_recomputing_activations_changes_no_bit(one_rank, case):
+    found, expected = one_rank[case], one_rank[plain_case(case)]
+    assert (found.losses, found.norms) == (expected.losses, expected.norms)
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
+
+
+def test_ternary_codes_are_made_once_per_step(one_rank, two_ranks):
+    """Four micro-batches a step, forward, recomputation and backward use the same codes."""
+    quantized = [case for case in (*one_rank, *two_ranks) if "bitnet" in case.variant]
+    assert quantized
+    for case in quantized:
+        history = one_rank[case] if case in one_rank else two_ranks[case]
+        assert history.refreshes == case.steps, case
