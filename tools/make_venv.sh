@@ -18,11 +18,13 @@ if [ ! -x "$venv/bin/python" ] && [ "$free_mib" -lt 3000 ]; then
 fi
 
 [ -x "$venv/bin/python" ] || { echo "creating $venv with $("$python" -V)"; "$python" -m venv "$venv"; }
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "$@"; }
 
 started=$SECONDS
 echo "installing dependencies (about 2 GB on disk; a few minutes)"
 # torch first: what depends on it would otherwise pull the newest build.
 pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
 pip -e .
+# pip would compile on one core.
+"$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3.*/site-packages >/dev/null || true
 echo "installed in $((SECONDS - started)) s"

@@ -33,10 +33,11 @@ def load(engine: ZeroEngine, directory: Path) -> dict:
 
     Raises ValueError where the format is newer than this code.
     """
-    loaded = dist_checkpointing.load(_sharded_state(engine, filled=False), str(directory))
-    common = loaded["common"]
+    # Read first: a newer format may hold other tensors.
+    common = dist_checkpointing.load_common_state_dict(str(directory))["common"]
     if common["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{directory}: format {common['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads")
+    loaded = dist_checkpointing.load(_sharded_state(engine, filled=False), str(directory))
     _create_adam_state(engine, common["adam_step"])
     utils, optimizer = deepspeed.load().utils, loaded["optimizer"]
     with torch.no_grad():
@@ -90,5 +91,8 @@ def _create_adam_state(engine: ZeroEngine, step: int) -> None:
                     state[moment] = torch.zeros_like(flat)
     # Stages 1 and 2 link the moments of all parameter groups after stepping the first one, when the others have none yet
     # (stage_1_and_2.py _optimizer_step, DeepSpeed 0.19.8): link again, now that all exist.
+    zero._hp_optimizer_states_linked = False
+    # DeepSpeed's ZeRO links parameters to their moments once, after the update of the FIRST parameter group, when the other
+    # group (norm weights) has no moments yet (0.19.8, stage_1_and_2.py line 2987): link again.
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()

@@ -75,7 +75,7 @@ def test_each_logical_matrix_has_three_values_of_its_own_alpha(alone, variant, k
             chosen = weight.layer.weight[labels == matrix].detach()
             alpha = chosen.double().abs().mean().item()
             expected = (chosen.double() / alpha).round().clamp(-1, 1)
-            assert set(weight.alpha[labels == matrix].tolist()) == {pytest.approx(alpha, rel=1e-6)}
+            assert weight.alpha[labels == matrix].unique().tolist() == [pytest.approx(alpha, rel=1e-6)]
             assert operand[labels == matrix].unique().numel() == 3
             # The quotient lies within fp32 rounding of a half for very few weights.
             assert (weight.codes[labels == matrix] != expected).float().mean() < 1e-3
@@ -88,7 +88,7 @@ def test_codes_are_no_part_of_the_state_and_survive_casts(alone):
     model, ternary = _model("bitnet")
     _loss(model)
     names, codes = set(model.state_dict()), ternary.weights[0].codes.clone()
-    assert not any("code" in name or "alpha" in name or "ternary" in name for name in names)
+    assert {name.rsplit(".", 1)[1] for name in names} <= {"weight", "_extra_state"}
     model.to(torch.bfloat16)
     assert torch.equal(ternary.weights[0].codes, codes) and ternary.weights[0].alpha.dtype == torch.float32
 

@@ -15,6 +15,7 @@ PIPELINE_STAGE_2 = [replace(case, pipeline=2, stage=2) for case in ONE[:2]]
 RECOMPUTE = [replace(case, recompute=True) for case in ONE[2:4]]
 PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE]
 TENSOR = [Case(variant, tensor=2, sequence=sequence, steps=1) for variant in VARIANTS for sequence in (False, True)]
+TWO_COPIES = Case("tied_bitnet_subln", "bf16", two_copies=True)
 UNRESET = [Case(precision="fp32", pipeline=2, stage=2, steps=1, without_reset=True),
            Case(precision="bf16", pipeline=2, stage=1, steps=1, without_reset=True)]  # fmt: skip
 
@@ -22,7 +23,7 @@ UNRESET = [Case(precision="fp32", pipeline=2, stage=2, steps=1, without_reset=Tr
 @pytest.fixture(scope="session")
 def plain() -> dict[Case, History]:
     """By torch.optim.AdamW in one process."""
-    return run_distributed(train_plainly, 1, ONE)[0]
+    return run_distributed(train_plainly, 1, [*ONE, TWO_COPIES])[0]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.parallel.training import Case, History
 
 
 def assert_same(found: History, expected: History, precision: str) -> None:
-    """Losses, gradient norms and final weights of two runs."""
+    """Losses, gradient norms and the weights after the first step of two runs."""
     steps = len(found.losses)
     losses, norms = torch.tensor(found.losses), torch.tensor(found.norms)
     expected_losses, expected_norms = torch.tensor(expected.losses[:steps]), torch.tensor(expected.norms[:steps])
@@ -22,19 +22,13 @@ def assert_same(found: History, expected: History, precision: str) -> None:
     assert torch.allclose(norms[0], expected_norms[0], rtol=1e-6, atol=0)
     assert torch.allclose(losses, expected_losses, rtol=0, atol=2e-6 if precision == "fp32" else 2e-5), losses - expected_losses
     assert torch.allclose(norms, expected_norms, rtol=1e-6 if precision == "fp32" else 2e-4, atol=0), norms / expected_norms - 1
-    if steps == len(expected.losses):
-        assert_weights_same(found, expected, precision)
-
-
-def assert_weights_same(found: History, expected: History, precision: str) -> None:
-    assert set(found.weights) == set(expected.weights)
     for name, weight in expected.weights.items():
         difference = (found.weights[name] - weight).abs()
         if precision == "fp32":
-            assert difference.max() <= 2e-5 * weight.abs().max(), name
+            assert difference.max() <= 1e-5 * weight.abs().max(), name
         else:
-            # One unit in the last place of bf16 is at most 2^-7 of the value.
-            assert (difference > weight.abs() / 128).float().mean() <= 2e-3, name
+            # Few weights, if any, round the other way: one unit in the last place of bf16 is at most 2^-7 of the value.
+            assert (difference <= weight.abs() / 128).all() and difference.count_nonzero() <= 2e-3 * weight.numel() + 1, name
 
 
 def plain_case(case: Case) -> Case:

@@ -37,7 +37,7 @@ class History:
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Whole tensors at the end, in the working precision."""
+    """Whole tensors after the FIRST step, in the working precision."""
     refreshes: int = 0
     """How often ternary codes were made."""
 
@@ -68,8 +68,9 @@ def train(case: Case) -> History:
     """Collective over the world."""
     with layout(case.tensor, case.pipeline, case.sequence) as parallel, _without_reset(case.without_reset):
         engine = make_engine(case, parallel)
-        results = [take_step(engine, step) for step in range(case.steps)]
+        results = [take_step(engine, 0)]
         weights = gather(engine.model)
+        results += [take_step(engine, step) for step in range(1, case.steps)]
         return History([r.loss for r in results], [r.grad_norm for r in results], weights, engine.ternary.refreshes)
 
 
@@ -116,7 +117,7 @@ def _train_plainly(case: Case) -> History:
             history.norms.append(masters.step())
             history.losses.append(total)
             ternary.invalidate()
-        history.weights = gather(model)
+            history.weights = history.weights or gather(model)
         return history
 
 
