@@ -25,6 +25,6 @@ echo "installing dependencies (about 2 GB on disk; a few minutes)"
 # torch first: what depends on it would otherwise pull the newest build.
 pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
 pip -e .
-# pip would compile on one core.
+# pip would compile on one core. Some packages ship templates that are not Python: what does not compile is of no consequence.
 "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3.*/site-packages >/dev/null || true
 echo "installed in $((SECONDS - started)) s"
