@@ -1,10 +1,10 @@
 # Two commands: `make quickstart` and `make test`. Both install what is missing into .venv first; `make install` does only that.
 #
-#   PYTHON=python3.11        interpreter for .venv (3.11 or newer)
-#   TORCH_INDEX=URL          package index for torch, e.g. PyTorch's CPU index (see README: "Install")
+#   PYTHON=/path/to/python3.11   interpreter for .venv
+#   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Install")
 
 SHELL := /bin/bash
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCH_INDEX ?=

@@ -110,9 +110,9 @@ def resolve(layer: int, num_layers: int, projection: str, width: int, qsparse: Q
     quantized = bitnet.enabled if rule is None or rule.bitnet is None else rule.bitnet
     row = projection in ROW_PROJECTIONS
     groups = 1
-    if qsparse.mode == "block":
+    if keep < 1 and qsparse.mode == "block":
         groups = width // qsparse.block_m
-    elif qsparse.mode == "groups" and row:
+    elif keep < 1 and qsparse.mode == "groups" and row:
         groups = qsparse.groups
     keep = Fraction(str(keep))
     return ProjectionSettings(
@@ -132,21 +132,39 @@ def problems(qsparse: QSparseConfig, bitnet: BitNetConfig, widths: dict[str, int
     for where, keep in [("qsparse.keep", qsparse.keep), *((f"qsparse.recipe[{i}].keep", r.keep) for i, r in enumerate(qsparse.recipe))]:
         if keep is not None and not 0 < keep <= 1:
             found.append(f"{where}={keep}: the kept fraction must lie in (0, 1]; 1.0 is dense")
-    for i, rule in enumerate(qsparse.recipe):
-        if not any(_first_match(n, num_layers, p, [rule]) for n in range(num_layers) for p in PROJECTIONS):
-            found.append(f"qsparse.recipe[{i}].match={rule.match!r} matches no projection; names are like layers.0.mlp.down")
+    found += _recipe_problems(qsparse.recipe, num_layers)
     if qsparse.groups < 1 or qsparse.block_m < 1:
         found.append(f"qsparse.groups={qsparse.groups} and qsparse.block_m={qsparse.block_m} must be at least 1")
     if found:
         return found
-    return _block_problems(qsparse) + _width_problems(qsparse, widths, tensor_parallel)
+    return _mode_problems(qsparse) + _width_problems(qsparse, widths, num_layers, tensor_parallel)
 
 
-def _block_problems(qsparse: QSparseConfig) -> list[str]:
-    if qsparse.block_n is None:
-        return []
-    if qsparse.mode != "block":
-        return [f"qsparse.block_n={qsparse.block_n} has no effect in mode {qsparse.mode!r}: set qsparse.mode=block or leave it out"]
+def _recipe_problems(recipe: list[RecipeRule], num_layers: int) -> list[str]:
+    found = []
+    names = [(layer, projection) for layer in range(num_layers) for projection in PROJECTIONS]
+    for i, rule in enumerate(recipe):
+        where = f"qsparse.recipe[{i}].match={rule.match!r}"
+        if rule.keep is None and rule.bitnet is None:
+            found.append(f"{where} changes nothing: give the rule a keep or a bitnet")
+        if not any(_first_match(layer, num_layers, projection, [rule]) for layer, projection in names):
+            found.append(f"{where} matches no projection; names are like layers.0.mlp.down")
+        elif not any(_first_match(layer, num_layers, projection, recipe) is rule for layer, projection in names):
+            found.append(f"{where} is never reached, since earlier rules match first: move it up")
+    return found
+
+
+def _mode_problems(qsparse: QSparseConfig) -> list[str]:
+    """Settings of one mode that were changed while another is chosen, and an N:M that contradicts itself."""
+    uses = {"groups": "groups", "block_m": "block", "block_n": "block"}
+    defaults = QSparseConfig()
+    found = [
+        f"qsparse.{name}={getattr(qsparse, name)} has no effect in mode {qsparse.mode!r}: set qsparse.mode={mode} or leave it out"
+        for name, mode in uses.items()
+        if getattr(qsparse, name) != getattr(defaults, name) and qsparse.mode != mode
+    ]
+    if found or qsparse.block_n is None:
+        return found
     n = keep_count(qsparse.keep, qsparse.block_m)
     if n != qsparse.block_n:
         return [f"qsparse.block_n={qsparse.block_n} contradicts qsparse.keep={qsparse.keep}, which keeps {n} of "
@@ -154,15 +172,20 @@ def _block_problems(qsparse: QSparseConfig) -> list[str]:
     return []
 
 
-def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], tensor_parallel: int) -> list[str]:
-    keeps = [qsparse.keep, *(rule.keep for rule in qsparse.recipe if rule.keep is not None)]
-    if all(keep == 1 for keep in keeps):
+def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], num_layers: int, tensor_parallel: int) -> list[str]:
+    dense = BitNetConfig()
+    sparse = {
+        projection: width
+        for projection, width in widths.items()
+        if any(resolve(layer, num_layers, projection, width, qsparse, dense).sparse for layer in range(num_layers))
+    }
+    if not sparse:
         return []
     found = []
     if qsparse.mode == "groups" and qsparse.groups % tensor_parallel:
         found.append(f"qsparse.groups={qsparse.groups} is not a multiple of parallel.tensor={tensor_parallel}; groups are part of the "
                      "model, so choose them before training for the largest tensor-parallel size you will use")  # fmt: skip
-    for projection, width in widths.items():
+    for projection, width in sparse.items():
         row = projection in ROW_PROJECTIONS
         if qsparse.mode == "block" and width % (qsparse.block_m * (tensor_parallel if row else 1)):
             share = f"{width}/{tensor_parallel}" if row else f"{width}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 RUNS = ("dense", "qsparse", "bitnet", "bitnet_qsparse")
 WARM_UP_ROUNDS = 3
-VOCABULARY = 2048
+VOCABULARY = 1024
 
 
 def main(args: list[str] | None = None) -> int:
@@ -33,9 +33,9 @@ def main(args: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> int:
     """One rank's part."""
-    from pretrain.libraries import quiet
+    from pretrain.libraries import prepare
 
-    quiet()
+    prepare(options.device)
     import torch
     import torch.distributed as dist
 

@@ -30,9 +30,10 @@ class CheckpointDirectory:
         self.path, self.keep_last, self.warn = path, keep_last, warn
 
     def begin(self, step: int) -> Path:
-        """A new empty directory to write into; what an earlier attempt left there is removed."""
+        """A new empty directory to write into; what interrupted saves left, at this step or another, is removed."""
         partial = self.path / f"{_PREFIX}{step:08d}{_PARTIAL}"
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(left)
         (partial / "state").mkdir(parents=True)
         return partial
 
@@ -55,12 +56,18 @@ class CheckpointDirectory:
         return [path for path in self._published() if damage(path) is None]
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint; warns of newer ones that are damaged."""
-        for path in reversed(self._published()):
+        """The newest complete checkpoint; warns of newer ones that are damaged. None where none was ever published.
+
+        Raises ValueError where there are checkpoints and all are damaged: starting over would overwrite them.
+        """
+        published = self._published()
+        for path in reversed(published):
             problem = damage(path)
             if problem is None:
                 return path
             self.warn(f"{path} is not a complete checkpoint ({problem}); looking for the one before it")
+        if published:
+            raise ValueError(f"every checkpoint in {self.path} is damaged: restore one, or move the directory away to start over")
         return None
 
     def _published(self) -> list[Path]:
@@ -78,15 +85,16 @@ def damage(path: Path) -> str | None:
     """Why this directory is not a complete checkpoint; None where it is one. Compares sizes, not contents."""
     try:
         listing = json.loads((path / FILES_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        sizes = {name: expected["size"] for name, expected in listing.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FILES_NAME}: {error}"
-    for name, expected in listing.items():
+    for name, expected in sizes.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
+        if size != expected:
+            return f"{name} has {size} bytes instead of {expected}"
     return None
 
 

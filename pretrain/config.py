@@ -58,6 +58,8 @@ class TrainConfig:
     """Deterministic GPU kernels, at a price in speed. CPU runs are deterministic at a fixed number of threads."""
     recompute: bool = False
     """Recompute each layer's activations in the backward instead of keeping them."""
+    check_codes: bool = False
+    """Before each step, verify that no weight was written without its ternary codes being made anew. For debugging."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 
@@ -91,7 +93,7 @@ class ScheduleConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     min_lr: float = 0.0
-    """Learning rate at the last step (cosine, linear, polynomial, wsd)."""
+    """Learning rate that the decay ends at (cosine, linear, polynomial, wsd)."""
     power: float = 1.0
     """Exponent of "polynomial"."""
     decay_steps: int = 0

@@ -15,7 +15,10 @@ def choose_device(wanted: str) -> torch.device:
         raise RuntimeError("device=cuda, but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        raise RuntimeError(f"local rank {rank} has no device: this machine has {count}; start that many processes with --nproc-per-node")
+    device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
 

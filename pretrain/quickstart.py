@@ -50,7 +50,7 @@ def data_commands(output: Path) -> list[list[str]]:
     tool = [sys.executable, "-m", "data_tools"]
     return [
         [*tool, "corpus", "stdlib", "--output", corpus],
-        [*tool, "train-tokenizer", "--input", corpus, "--vocab-size", "2048", "--output", tokenizer],
+        [*tool, "train-tokenizer", "--input", corpus, "--vocab-size", "1024", "--output", tokenizer],
         [*tool, "tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", shards, "--validation-fraction", "0.015"],
     ]
 

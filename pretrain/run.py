@@ -86,6 +86,7 @@ def build_engine(validated: Validated, device: torch.device) -> ZeroEngine:
     return ZeroEngine(
         model, stage=config.zero.stage, adam=adam,
         micro_batch_size=config.train.micro_batch_size, sequence_length=config.data.sequence_length,
+        check_codes=config.train.check_codes,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import time
 def main(args: list[str] | None = None) -> int:
     """Exit status 0 when the run finished or was stopped by a signal, 2 for a configuration that cannot work."""
     from pretrain.config import parse
-    from pretrain.libraries import quiet
+    from pretrain.libraries import prepare
     from pretrain.validate import ConfigurationError, validate
 
     config = parse(args, prog="python -m pretrain.train", description=__doc__)
@@ -23,7 +23,7 @@ def main(args: list[str] | None = None) -> int:
     except ConfigurationError as error:
         return _refuse(error)
 
-    quiet()
+    prepare(config.device)
     from pretrain.run import Refused, run
 
     try:
@@ -33,11 +33,15 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """One rank speaks; the others wait a moment, since torchrun ends all processes as soon as one has failed."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)
+    """Rank 0 speaks first and, where all ranks fail alike, alone: torchrun ends the others as soon as one has failed.
+
+    A rank that fails by itself, say on a machine that lacks a file, still says so after its wait.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)
+    prefix = f"error (rank {rank}): " if rank else "error: "
+    print(*(prefix + line for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
     return 2
 
 

@@ -48,8 +48,6 @@ class StepReport:
 class Callback:
     """Hooks of the loop; every rank runs them in the same order, so they may communicate."""
 
-    def on_start(self, trainer: "Trainer") -> None: ...
-
     def before_step(self, trainer: "Trainer") -> None: ...
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None: ...
@@ -83,8 +81,6 @@ class Trainer:
         self.stop_reason = reason
 
     def fit(self) -> None:
-        for callback in self.callbacks:
-            callback.on_start(self)
         while not self.finished and self.stop_reason is None:
             for callback in self.callbacks:
                 callback.before_step(self)

@@ -3,6 +3,7 @@
 Nothing here imports torch: `python -m pretrain.plan` shows the same list.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from data_tools.errors import ManifestError
@@ -23,8 +24,8 @@ class Validated:
     """A configuration together with what was found out while checking it."""
 
     config: PretrainConfig
+    """With `config.model` filled in, as it is saved and tracked: a later change of a preset changes no old run."""
     model: ModelConfig
-    """`config.model` with everything filled in."""
     manifest: Manifest
     data_parallel: int
     num_micro_batches: int
@@ -38,7 +39,7 @@ def validate(config: PretrainConfig, world_size: int) -> Validated:
         raise ConfigurationError("\n".join(problems))
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
-    return Validated(config, model, manifest, data_parallel, micro_batches)
+    return Validated(dataclasses.replace(config, model=model), model, manifest, data_parallel, micro_batches)
 
 
 def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelConfig | None, Manifest | None]:
@@ -142,7 +143,7 @@ def _schedule_problems(config: PretrainConfig) -> list[str]:
     schedule, steps, found = config.schedule, config.train.steps, []
     if schedule.warmup_steps > steps:
         found.append(f"schedule.warmup_steps={schedule.warmup_steps} is longer than the run, train.steps={steps}")
-    if schedule.min_lr > config.optimizer.lr:
+    if schedule.min_lr > config.optimizer.lr >= 0:
         found.append(f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}")
     uses = {
         "power": ("polynomial",),
@@ -157,6 +158,12 @@ def _schedule_problems(config: PretrainConfig) -> list[str]:
             found.append(f"schedule.{name}={value} has no effect with schedule.kind={schedule.kind}; it belongs to {' and '.join(kinds)}")
     if schedule.kind == "wsd" and not 0 < schedule.decay_steps <= steps:
         found.append(f"schedule.decay_steps={schedule.decay_steps} must lie in 1 .. train.steps={steps} with schedule.kind=wsd")
+    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
+        found.append(f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} overlap in "
+                     f"train.steps={steps}: shorten one of them")  # fmt: skip
+    if schedule.kind == "two_stage" and schedule.warmup_steps > steps // 2:
+        found.append(f"schedule.warmup_steps={schedule.warmup_steps} reaches into the second stage, which begins at step {steps // 2}: "
+                     "shorten it")  # fmt: skip
     if schedule.kind == "two_stage" and not 0 < schedule.second_lr <= config.optimizer.lr:
         found.append(
             f"schedule.second_lr={schedule.second_lr} must lie in (0, optimizer.lr={config.optimizer.lr}] with schedule.kind=two_stage"
@@ -174,8 +181,11 @@ def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
     for name, ranks in divided.items():
         if getattr(model, name) % ranks:
             found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={ranks}")
+    if model.num_query_groups % parallel.tensor and parallel.tensor % model.num_query_groups:
+        found.append(f"model.num_query_groups={model.num_query_groups} and parallel.tensor={parallel.tensor}: one must divide the other")
     if model.num_layers % parallel.pipeline:
         found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
     if model.tied_embeddings and parallel.pipeline > 1 and config.zero.stage == 2:
-        found.append(f"zero.stage=2 does not go with model.tied_embeddings=true and parallel.pipeline={parallel.pipeline}: use zero.stage=1")
+        found.append(f"zero.stage=2 cannot tie embeddings over parallel.pipeline={parallel.pipeline} stages "
+                     "(model.tied_embeddings=true): use zero.stage=1")  # fmt: skip
     return found + sparsity_problems(config.qsparse, config.bitnet, projection_widths(model), model.num_layers, parallel.tensor)

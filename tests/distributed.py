@@ -73,7 +73,8 @@ def _receive(receiver: Connection, process, deadline: float) -> tuple[bool, Any]
 def _child(rank: int, world_size: int, store: str, payload: bytes, sender: Connection, timeout: float) -> None:
     # Shortly before the parent gives up, each rank shows where it hangs.
     faulthandler.dump_traceback_later(0.9 * timeout)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    # On a machine with GPUs Megatron and DeepSpeed would take them; these processes are joined by gloo.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     # Without this gloo resolves the host name, which fails on machines without a network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:

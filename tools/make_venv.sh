@@ -8,17 +8,25 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 [ "$(uname -s)" = Linux ] || fail "Linux is needed (on Windows use WSL2, on macOS a Linux container), this is $(uname -s)"
 command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or newer, or name one with PYTHON=/path/to/python3.11"
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' ||
-  fail "$("$python" -V) is not supported, Python 3.11 to 3.13 is: name one with PYTHON=/path/to/python3.11"
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+  fail "$("$python" -V) is not supported yet, Python 3.11 is: install it, or name one with PYTHON=/path/to/python3.11"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python lacks ensurepip or venv: install your distribution's package for it (Debian and Ubuntu: python3-venv)"
-free_mib=$(df -Pm . | awk 'NR == 2 {print $4}')
-if [ ! -x "$venv/bin/python" ] && [ "$free_mib" -lt 3000 ]; then
-  fail "$free_mib MiB free in $PWD; the environment needs about 2 GB (more with a CUDA build of torch): free some space"
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  # The default build of torch brings several GB of CUDA packages.
+  needed_mib=$([ -n "${TORCH_INDEX:-}" ] && echo 3000 || echo 4000)
+  free_mib=$(df -Pm . | awk 'NR == 2 {print $4}')
+  [ "$free_mib" -ge "$needed_mib" ] || fail "$free_mib MiB free in $PWD, $needed_mib are needed (12 GB with a CUDA build of torch): free some space"
+  echo "creating $venv with $("$python" -V)"
+  "$python" -m venv --clear "$venv"
 fi
 
-[ -x "$venv/bin/python" ] || { echo "creating $venv with $("$python" -V)"; "$python" -m venv "$venv"; }
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "$@"; }
+# One line that counts, instead of some hundred; errors go to stderr and are shown.
+pip() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" |
+    awk '/^Collecting|^Downloading|^Installing/ {printf "  %3d  %.60s\n", ++n, $0; fflush()}'
+}
 
 started=$SECONDS
 echo "installing dependencies (about 2 GB on disk; a few minutes)"

@@ -27,7 +27,7 @@ PATCHES = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "torch.cuda.synchronize before writing (line 230)",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "failure flag on torch.cuda.current_device() (line 252)",
 }
-"""Module -> what in it needs CUDA. Line numbers are those of megatron-core 0.16.1."""
+"""Module -> what in it needs CUDA, by the line numbers of megatron-core 0.16.1. `_use_cpu_generator` replaces three names more."""
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "randn", "rand")
 

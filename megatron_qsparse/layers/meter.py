@@ -4,7 +4,8 @@ The setting says how many entries survive the mask; relu^2 adds zeros of its own
 int8 adds more, so runs report what was counted. For a quantized linear the codes are counted, otherwise the sparse input.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,18 @@ class SparsityMeters:
         """Count from zero during the coming forwards."""
         for linear in self.linears:
             linear.meter.active, linear.meter.counts = True, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are not counted: validation is not training."""
+        active = [linear.meter.active for linear in self.linears]
+        for linear in self.linears:
+            linear.meter.active = False
+        try:
+            yield
+        finally:
+            for linear, was in zip(self.linears, active, strict=True):
+                linear.meter.active = was
 
     def stop(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Stop counting. Fraction of zeros by projection name, over all layers and tokens of `group` (None: the whole world).

@@ -18,18 +18,15 @@ FORMAT_VERSION = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(engine: ZeroEngine, directory: Path, common: dict) -> None:
-    """Write the state into an existing empty directory. Collective: every rank must call it.
-
-    common: small picklable values, equal on all ranks, returned by `load`.
-    """
+def save(engine: ZeroEngine, directory: Path) -> None:
+    """Write the state into an existing empty directory. Collective: every rank must call it."""
     state = _sharded_state(engine, filled=True)
-    state["common"] = {**common, "format_version": FORMAT_VERSION, "adam_step": _adam_step(engine)}
+    state["common"] = {"format_version": FORMAT_VERSION, "adam_step": _adam_step(engine)}
     dist_checkpointing.save(state, str(directory))
 
 
-def load(engine: ZeroEngine, directory: Path) -> dict:
-    """Read a state written at any layout into the engine and return `common`. Collective.
+def load(engine: ZeroEngine, directory: Path) -> None:
+    """Read a state written at any layout into the engine. Collective.
 
     Raises ValueError where the format is newer than this code.
     """
@@ -48,7 +45,6 @@ def load(engine: ZeroEngine, directory: Path) -> dict:
             for moment, value in zip(_MOMENTS, moments, strict=True):
                 utils.safe_set_full_optimizer_state(param, value, moment)
     engine.weights_changed()
-    return common
 
 
 def _sharded_state(engine: ZeroEngine, filled: bool) -> dict:
@@ -91,8 +87,5 @@ def _create_adam_state(engine: ZeroEngine, step: int) -> None:
                     state[moment] = torch.zeros_like(flat)
     # Stages 1 and 2 link the moments of all parameter groups after stepping the first one, when the others have none yet
     # (stage_1_and_2.py _optimizer_step, DeepSpeed 0.19.8): link again, now that all exist.
-    zero._hp_optimizer_states_linked = False
-    # DeepSpeed's ZeRO links parameters to their moments once, after the update of the FIRST parameter group, when the other
-    # group (norm weights) has no moments yet (0.19.8, stage_1_and_2.py line 2987): link again.
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()

@@ -43,15 +43,18 @@ class ZeroEngine:
     """A model under ZeRO. bf16 keeps fp32 master weights and accumulates gradients in fp32.
 
     model: from `build_model`, on its device. stage: 1 or 2. Weight decay applies to matrices, not to norm weights.
+    check_codes: before each step, raise RuntimeError where a weight was written and its ternary codes are stale.
     """
 
-    def __init__(self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int):
+    def __init__(
+        self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int, check_codes: bool = False
+    ):
         if stage not in SUPPORTED_STAGES:
             raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
         self._shared_embedding = shared_embedding(model)
         if self._shared_embedding is not None and stage == 2:
             raise ValueError("tied embeddings over pipeline stages need ZeRO stage 1: stage 2 has scattered their gradients by then")
-        self.model, self.stage = model, stage
+        self.model, self.stage, self.check_codes = model, stage, check_codes
         self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
         self.device = next(model.parameters()).device
         self.ternary = TernaryWeights(model.modules())
@@ -105,6 +108,8 @@ class ZeroEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        if self.check_codes:
+            self.ternary.check()
         loss = self._run(batches, num_micro_batches, train=True)
         self.engine.step()
         self.weights_changed()
@@ -118,7 +123,8 @@ class ZeroEngine:
         """Mean loss per token of these micro-batches over all data-parallel ranks, nat; every rank must pass as many."""
         self.engine.eval()
         try:
-            return _data_parallel_mean(self._run(batches, num_micro_batches, train=False))
+            with self.meters.paused():
+                return _data_parallel_mean(self._run(batches, num_micro_batches, train=False))
         finally:
             self.engine.train()
 

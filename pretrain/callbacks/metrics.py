@@ -1,7 +1,6 @@
 """Measures and logs: one progress line and one journal entry every `train.log_interval` steps."""
 
 import resource
-import time
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ class LogMetrics(Callback):
         self.batch_tokens = run.config.train.global_batch_size * run.config.data.sequence_length
         self.peak_flops = peak_flops(device)
         self.seconds, self.steps = 0.0, 0
-        self.started = time.perf_counter()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.interval == 0 or step == self.run.config.train.steps

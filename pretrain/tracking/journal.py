@@ -161,6 +161,16 @@ def iterate_lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
             yield line, offset
 
 
+def last_timestamp_ms(path: Path) -> int | None:
+    """When the last line was written; None without a readable one."""
+    last = b""
+    for line, _ in iterate_lines(path, 0):
+        last = line
+    with suppress(ValueError):
+        return decode_line(last)["timestamp_ms"]
+    return None
+
+
 def repair(path: Path) -> None:
     """Cut off what a kill or a power loss left behind the last readable line (a torn line, a run of zero bytes)."""
     if not path.exists():

@@ -1,10 +1,12 @@
 """run.json: what MLflow is to know about a run besides its metrics, kept locally until a server takes it.
 
 Parameters, tags, data sets, artifacts and the status are journaled like the metrics are, so that a run that never saw a
-server can be created there later, complete.
+server can be created there later, complete. Artifacts are copied into RUN_DIR/artifacts when a session passes them: the
+original may say something else by the time a server takes it.
 
 MLflow parameters can be written once. The first session's values therefore stay; on the N-th resume each value that
-differs from the one in force becomes the tag `resume.N.<name>`, for parameters and tags alike.
+differs from the one in force becomes the tag `resume.N.<name>`, for parameters and tags alike. A changed file keeps its
+name's first and last part: config.yaml becomes config.resume.N.yaml.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 FORMAT_VERSION = 1
 RECORD_NAME = "run.json"
+ARTIFACTS_NAME = "artifacts"
 ABSENT = "(absent)"
 
 
@@ -40,10 +43,10 @@ class DatasetInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A file to upload; `folder` is the artifact folder it goes to ("" is the root)."""
+    """A copy of a file to upload, RUN_DIR/artifacts/`name`, and the name of the file it was taken from."""
 
-    path: str
-    folder: str
+    name: str
+    original: str
     sha256: str
 
 
@@ -103,7 +106,9 @@ class RunRecord:
         self.params = {name: str(value) for name, value in params.items()}
         self.tags = {name: str(value) for name, value in tags.items()}
         self.datasets = list(datasets)
-        self.artifacts = [_artifact(path, "", directory) for path in artifacts]
+        self.artifacts = []
+        for path in artifacts:
+            self._keep(Path(path), directory, "")
 
     def resume(
         self,
@@ -115,7 +120,7 @@ class RunRecord:
         step: int,
         journal_bytes: int,
     ) -> None:
-        """Note a resume from `step`: what changed becomes `resume.N.*` tags, changed files go to the folder resume.N."""
+        """Note a resume from `step`: what changed becomes `resume.N.*` tags, changed files get resume.N in their names."""
         number = len(self.journal_bytes_at_resume) + 1
         prefix = f"resume.{number}."
         changes = {
@@ -126,15 +131,29 @@ class RunRecord:
         self.tags[prefix + "from_step"] = str(step)
         self.journal_bytes_at_resume.append(journal_bytes)
         self.datasets += [item for item in datasets if item not in self.datasets]
-        known = {artifact.sha256 for artifact in self.artifacts}
-        candidates = [_artifact(path, prefix.rstrip("."), directory) for path in artifacts]
-        self.artifacts += [artifact for artifact in candidates if artifact.sha256 not in known]
+        for path in artifacts:
+            self._keep(Path(path), directory, "." + prefix.rstrip("."))
         self.status, self.ended_ms = "RUNNING", None
+
+    def end(self, status: str, ended_ms: int) -> None:
+        """Note that nothing more will come."""
+        self.status, self.ended_ms = status, ended_ms
 
     def description_digest(self) -> str:
         """Changes whenever parameters, tags or data sets do."""
         described = {"params": self.params, "tags": self.tags, "datasets": [asdict(item) for item in self.datasets]}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def _keep(self, path: Path, directory: Path, mark: str) -> None:
+        """Copy a file aside with `mark` in its name, unless the session before had the same content under its name."""
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        in_force = {artifact.original: artifact.sha256 for artifact in self.artifacts}
+        if in_force.get(path.name) != digest:
+            name = f"{path.stem}{mark}{path.suffix}"
+            (directory / ARTIFACTS_NAME).mkdir(exist_ok=True)
+            write_atomically(directory / ARTIFACTS_NAME / name, content)
+            self.artifacts.append(Artifact(name=name, original=path.name, sha256=digest))
 
     def _differences(self, first: dict[str, str], now: Mapping[str, Any], number: int, removals: bool) -> dict[str, str]:
         """Values of this session that differ from those in force; names never seen before join `first` itself."""
@@ -155,17 +174,14 @@ class RunRecord:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a reader sees the old or the new content, never a part of it."""
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside, force it to disk and rename it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        json.dump(content, file, indent=1)
+    with beside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def _artifact(path: Path, folder: str, directory: Path) -> Artifact:
-    """Paths inside the run directory are kept relative to it, so that the directory can be shipped from elsewhere."""
-    path = Path(path).resolve()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    inside = path.is_relative_to(directory.resolve())
-    return Artifact(path=str(path.relative_to(directory.resolve()) if inside else path), folder=folder, sha256=digest)

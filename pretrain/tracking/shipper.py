@@ -14,18 +14,17 @@ as well; where it differs it becomes a second point, and readers take the newest
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pretrain.tracking.journal import RESERVED_KEYS, decode_line, discarded_path, iterate_lines
-from pretrain.tracking.record import DatasetInput, RunRecord
-from pretrain.tracking.state import METRICS_NAME, SYSTEM_NAME, ShippingState, unshipped_points
+from pretrain.tracking.entities import FirstPoints, dataset_of, discarded_points, params_of, points_of, tags_of
+from pretrain.tracking.journal import discarded_path, iterate_lines
+from pretrain.tracking.record import ARTIFACTS_NAME, RunRecord
+from pretrain.tracking.state import METRICS_NAME, SYSTEM_NAME, ShippingState
 from pretrain.tracking.store import connect, sqlite_path
 
 if TYPE_CHECKING:
@@ -38,10 +37,6 @@ RUN_ID_NAME = "run_id"
 LOCK_NAME = ".shipping.lock"
 METRICS_PER_REQUEST = 1000
 PAIRS_PER_REQUEST = 100
-PARAMETER_LENGTH = 6000
-TAG_LENGTH = 8000
-DIGEST_LENGTH = 36
-KEY_LENGTH = 250
 
 
 class BusyError(OSError):
@@ -65,7 +60,7 @@ class Shipper:
         self._client: MlflowClient | None = None
         self._lock_descriptor = -1
         self._run_is_known = False
-        self._first_points: dict[tuple[int, str], tuple[float, int]] | None = None
+        self._first_points: FirstPoints | None = None
         self._state = ShippingState()
 
     def ship(self) -> int:
@@ -79,7 +74,7 @@ class Shipper:
             FileNotFoundError, ValueError: no run.json, or a damaged one.
             the errors of `store.shipping_errors()`: the store did not take something; call again later.
         """
-        self._lock()
+        self.lock()
         record = RunRecord.load(self.run_directory)
         self._client = self._client or connect(self.uri)
         run_id = self._run(record)
@@ -94,14 +89,7 @@ class Shipper:
 
     def is_complete(self) -> bool:
         """Whether the store holds everything the run directory does, the status included."""
-        record = RunRecord.load(self.run_directory)
-        state = self._state
-        return (
-            state.status == record.status
-            and state.description == record.description_digest()
-            and len(state.artifacts) == len(record.artifacts)
-            and unshipped_points(self.run_directory) == 0
-        )
+        return self._state.has_everything(RunRecord.load(self.run_directory), self.run_directory)
 
     def close(self) -> None:
         """Let other processes ship this directory."""
@@ -109,7 +97,8 @@ class Shipper:
             os.close(self._lock_descriptor)
             self._lock_descriptor = -1
 
-    def _lock(self) -> None:
+    def lock(self) -> None:
+        """Keep other processes from shipping this directory until `close`. Raises BusyError if one does."""
         if self._lock_descriptor >= 0:
             return
         descriptor = os.open(self.run_directory / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -190,7 +179,7 @@ class Shipper:
         sent = 0
         batch: list[Metric] = []
         for line, behind in iterate_lines(self.run_directory / name, offset):
-            points = self._points(name, line)
+            points = points_of(self.run_directory / name, line, self._discarded_points() if name == METRICS_NAME else {})
             if batch and len(batch) + len(points) > METRICS_PER_REQUEST:
                 sent += self._send(run_id, name, batch, offset)
                 batch = []
@@ -209,56 +198,22 @@ class Shipper:
         self._state.save(self.run_directory)
         return len(batch)
 
-    def _points(self, name: str, line: bytes) -> list[Metric]:
-        from mlflow.entities import Metric
-
-        try:
-            fields = decode_line(line)
-        except ValueError as error:
-            logger.warning("%s: skipped a damaged line (%s)", self.run_directory / name, error)
-            return []
-        step, now = fields["step"], fields["timestamp_ms"]
-        first = self._known_points() if name == METRICS_NAME else {}
-        points = []
-        for key, value in fields.items():
-            if key in RESERVED_KEYS:
-                continue
-            earlier, timestamp = first.get((step, key), (None, now))
-            if not _same(earlier, value):
-                timestamp = now
-            points.append(Metric(metric_name(key), float(value), timestamp, step))
-        return points
-
-    def _known_points(self) -> dict[tuple[int, str], tuple[float, int]]:
-        """(step, metric) -> (value, timestamp) of the newest point among the steps that resumes have discarded."""
+    def _discarded_points(self) -> FirstPoints:
         if self._first_points is None:
-            points: dict[tuple[int, str], tuple[float, int]] = {}
-            for line, _ in iterate_lines(discarded_path(self.run_directory / METRICS_NAME), 0):
-                try:
-                    fields = decode_line(line)
-                except ValueError:
-                    continue  # a damaged discarded line only costs its points their first timestamp
-                for key, value in fields.items():
-                    place = (fields["step"], key)
-                    if key not in RESERVED_KEYS and not _same(points.get(place, (None,))[0], value):
-                        points[place] = (value, fields["timestamp_ms"])
-            self._first_points = points
+            self._first_points = discarded_points(discarded_path(self.run_directory / METRICS_NAME))
         return self._first_points
 
     def _ship_description(self, run_id: str, record: RunRecord) -> None:
         digest = record.description_digest()
         if self._state.description == digest:
             return
-        from mlflow.entities import Param, RunTag
-
-        params = [Param(name[:KEY_LENGTH], _cut(value, PARAMETER_LENGTH)) for name, value in record.params.items()]
-        tags = [RunTag(name[:KEY_LENGTH], _cut(value, TAG_LENGTH)) for name, value in record.tags.items()]
+        params, tags = params_of(record), tags_of(record)
         for start in range(0, len(params), PAIRS_PER_REQUEST):
             self._client.log_batch(run_id, params=params[start : start + PAIRS_PER_REQUEST])
         for start in range(0, len(tags), PAIRS_PER_REQUEST):
             self._client.log_batch(run_id, tags=tags[start : start + PAIRS_PER_REQUEST])
         if record.datasets:
-            self._client.log_inputs(run_id, [_dataset(item) for item in record.datasets])
+            self._client.log_inputs(run_id, [dataset_of(item) for item in record.datasets])
         self._state.description = digest
         self._state.save(self.run_directory)
 
@@ -274,37 +229,7 @@ class Shipper:
 
     def _ship_artifacts(self, run_id: str, record: RunRecord) -> None:
         for artifact in record.artifacts:
-            mark = f"{artifact.folder}:{artifact.sha256}"
-            if mark not in self._state.artifacts and self._keep_going():
-                # Absolute artifact paths pass through unchanged; relative ones follow the run directory wherever it moved.
-                self._client.log_artifact(run_id, str(self.run_directory / artifact.path), artifact.folder or None)
-                self._state.artifacts.append(mark)
+            if artifact.name not in self._state.artifacts and self._keep_going():
+                self._client.log_artifact(run_id, str(self.run_directory / ARTIFACTS_NAME / artifact.name))
+                self._state.artifacts.append(artifact.name)
                 self._state.save(self.run_directory)
-
-
-def metric_name(name: str) -> str:
-    """The name MLflow accepts for a metric: what it refuses becomes "_" ("layer[3]" -> "layer_3_")."""
-    parts = [part for part in re.sub(r"[^/\w.\- :]", "_", name)[:KEY_LENGTH].split("/") if part not in ("", ".", "..")]
-    return "/".join(parts) or "_"
-
-
-def _same(first: Any, second: Any) -> bool:
-    return first == second or (first is not None and first != first and second != second)
-
-
-def _cut(value: str, length: int) -> str:
-    return value if len(value) <= length else value[: length - 3] + "..."
-
-
-def _dataset(item: DatasetInput) -> Any:
-    from mlflow.entities import Dataset, InputTag
-    from mlflow.entities import DatasetInput as MlflowDatasetInput
-
-    dataset = Dataset(
-        name=item.name,
-        digest=item.digest[:DIGEST_LENGTH],
-        source_type="local",
-        source=json.dumps({"uri": item.source}),
-        profile=json.dumps({"digest": item.digest}),
-    )
-    return MlflowDatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", item.context)])

@@ -29,6 +29,7 @@ class ShippingState:
     description: str = ""
     status: str = ""
     artifacts: list[str] = field(default_factory=list)
+    """Names of those that have arrived."""
     format_version: int = STATE_VERSION
 
     @classmethod
@@ -50,6 +51,16 @@ class ShippingState:
         if METRICS_NAME in self.offsets:
             self.offsets[METRICS_NAME] = min([self.offsets[METRICS_NAME], *cuts])
         self.session = len(record.journal_bytes_at_resume)
+
+
+    def has_everything(self, record: RunRecord, run_directory: Path) -> bool:
+        """Whether a store has confirmed all that the run directory holds, the status included."""
+        return (
+            self.status == record.status
+            and self.description == record.description_digest()
+            and len(self.artifacts) == len(record.artifacts)
+            and unshipped_points(run_directory) == 0
+        )
 
 
 def unshipped_points(run_directory: Path) -> int:

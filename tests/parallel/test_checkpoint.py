@@ -1,5 +1,6 @@
 """A saved state continues bit for bit at its own layout, and is the same weights, moments and step at any other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,22 +10,22 @@ from tests.distributed import run_distributed
 from tests.parallel.helpers import gather, layout
 from tests.parallel.training import Case, make_engine, take_step
 
-SAME_LAYOUT = {
-    "dense fp32": Case(),
-    "dense bf16": Case(precision="bf16"),
-    "dense bf16 stage 2": Case(precision="bf16", stage=2),
-    "bitnet fp32 stage 2": Case("bitnet_groups_subln", stage=2),
-    "bitnet bf16": Case("bitnet_groups_subln", "bf16"),
-    "tied bf16 pipeline": Case("tied_bitnet_subln", "bf16", pipeline=2),
+DENSE, DENSE_BF16 = Case(), Case(precision="bf16")
+QUANTIZED, QUANTIZED_BF16 = Case("bitnet_groups_subln"), Case("bitnet_groups_subln", "bf16")
+TIED, TIED_BF16 = Case("tied_bitnet_subln"), Case("tied_bitnet_subln", "bf16")
+SAVED: dict[str, list[Case]] = {
+    "dense fp32": [DENSE, DENSE, replace(DENSE, pipeline=2)],
+    "dense bf16": [DENSE_BF16, DENSE_BF16],
+    "quantized fp32 stage 2": [replace(QUANTIZED, stage=2), replace(QUANTIZED, stage=2), replace(QUANTIZED, tensor=2)],
+    "quantized bf16": [QUANTIZED_BF16, QUANTIZED_BF16, replace(QUANTIZED_BF16, pipeline=2)],
+    "tied bf16 pipeline": [replace(TIED_BF16, pipeline=2), replace(TIED_BF16, pipeline=2), TIED_BF16],
+    "tied fp32 pipeline": [replace(TIED, pipeline=2), TIED],
+    "quantized fp32 tensor": [replace(QUANTIZED, tensor=2, sequence=True), QUANTIZED],
+    "tied bf16 tensor": [replace(TIED_BF16, tensor=2), TIED_BF16],
+    "one kv head bf16 stage 2": [Case("one_kv_head", "bf16", stage=2), Case("one_kv_head", "bf16", tensor=2)],
 }
-RESHARDED = {
-    "tensor to data, fp32": (Case("bitnet_groups_subln", tensor=2, sequence=True), Case("bitnet_groups_subln")),
-    "pipeline to data, fp32": (Case("tied_bitnet_subln", pipeline=2), Case("tied_bitnet_subln")),
-    "tensor to data, bf16": (Case("tied_bitnet_subln", "bf16", tensor=2), Case("tied_bitnet_subln", "bf16")),
-    "pipeline to tensor, bf16": (Case("bitnet_groups_subln", "bf16", pipeline=2), Case("bitnet_groups_subln", "bf16", tensor=2)),
-    "data to pipeline, stage 2, bf16": (Case("one_kv_head", "bf16", stage=2), Case("one_kv_head", "bf16", pipeline=2)),
-    "data to tensor, one kv head": (Case("one_kv_head"), Case("one_kv_head", tensor=2)),
-}
+"""The case that saves, and those that load what it saved."""
+LOADS = [(name, index) for name, (_, *targets) in SAVED.items() for index in range(len(targets))]
 
 
 def _state(engine) -> dict[str, dict[str, torch.Tensor] | int]:
@@ -53,11 +54,7 @@ def _forget(engine) -> None:
 
 
 def _everything(rank: int, root: Path) -> dict:
-    return {
-        "same": {name: _same_layout(case, root / name) for name, case in SAME_LAYOUT.items()},
-        "resharded": {name: _resharded(*cases, root / name) for name, cases in RESHARDED.items()},
-        "newer": _newer(root / "newer"),
-    }
+    return {**{name: _save_and_load(cases, root / name) for name, cases in SAVED.items()}, "newer": _newer(root / "newer")}
 
 
 def _save(engine, directory: Path) -> None:
@@ -65,42 +62,30 @@ def _save(engine, directory: Path) -> None:
 
     directory.mkdir(exist_ok=True)
     torch.distributed.barrier()
-    checkpoint.save(engine, directory, {"answer": 42})
+    checkpoint.save(engine, directory)
 
 
-def _same_layout(case: Case, directory: Path) -> dict:
+def _save_and_load(cases: list[Case], directory: Path) -> dict:
     from megatron_qsparse.parallel import checkpoint
 
-    with layout(case.tensor, case.pipeline, case.sequence) as parallel:
-        engine = make_engine(case, parallel)
-        for step in range(2):
-            take_step(engine, step)
-        before = _state(engine)
-        _save(engine, directory)
-        expected = [take_step(engine, step) for step in range(2, 5)]
-        other = make_engine(case, parallel)
-        _forget(other)
-        common = checkpoint.load(other, directory)
-        after = _state(other)
-        found = [take_step(other, step) for step in range(2, 5)]
-        return {"before": before, "after": after, "expected": expected, "found": found, "common": common}
-
-
-def _resharded(source: Case, target: Case, directory: Path) -> dict:
-    from megatron_qsparse.parallel import checkpoint
-
+    source, *targets = cases
+    found = {"loads": []}
     with layout(source.tensor, source.pipeline, source.sequence) as parallel:
         engine = make_engine(source, parallel)
         for step in range(2):
             take_step(engine, step)
-        before = _state(engine)
+        found["state"] = _state(engine)
         _save(engine, directory)
-        expected = take_step(engine, 2)
-    with layout(target.tensor, target.pipeline, target.sequence) as parallel:
-        engine = make_engine(target, parallel)
-        _forget(engine)
-        checkpoint.load(engine, directory)
-        return {"before": before, "after": _state(engine), "expected": expected, "found": take_step(engine, 2)}
+        found["steps"] = [take_step(engine, step) for step in range(2, 5)]
+    for target in targets:
+        with layout(target.tensor, target.pipeline, target.sequence) as parallel:
+            engine = make_engine(target, parallel)
+            _forget(engine)
+            checkpoint.load(engine, directory)
+            state = _state(engine)
+            steps = [take_step(engine, step) for step in range(2, 5 if target == source else 3)]
+            found["loads"].append({"state": state, "steps": steps})
+    return found
 
 
 def _newer(directory: Path) -> str:
@@ -133,25 +118,30 @@ def _assert_equal_state(found: dict, expected: dict) -> None:
         assert all(tensor.any() for tensor in expected[kind].values())
 
 
-@pytest.mark.parametrize("name", SAME_LAYOUT)
-def test_the_next_steps_are_those_of_the_uninterrupted_run_bit_for_bit(results, name):
-    run = results["same"][name]
-    _assert_equal_state(run["after"], run["before"])
-    assert run["before"]["weights"].keys() == run["after"]["weights"].keys()
-    assert run["found"] == run["expected"] and len(run["found"]) == 3
-    assert all(step.applied for step in run["found"])
-    assert run["common"]["answer"] == 42 and run["common"]["adam_step"] == 2
+@pytest.mark.parametrize(("name", "index"), LOADS)
+def test_every_layout_gets_the_same_weights_masters_moments_and_step(results, name, index):
+    run, load = results[name], results[name]["loads"][index]
+    _assert_equal_state(load["state"], run["state"])
 
 
-@pytest.mark.parametrize("name", RESHARDED)
-def test_another_layout_gets_the_same_weights_masters_moments_and_step(results, name):
-    run = results["resharded"][name]
-    _assert_equal_state(run["after"], run["before"])
-    source, target = RESHARDED[name]
-    if source.tensor == target.tensor:
-        # With another tensor-parallel size partial sums round differently and codes near a tie flip: see test_teacher_forced.
-        assert run["found"].loss == pytest.approx(run["expected"].loss, abs=2e-6)
-        assert run["found"].grad_norm == pytest.approx(run["expected"].grad_norm, rel=1e-5)
+@pytest.mark.parametrize(("name", "index"), [(name, index) for name, index in LOADS if SAVED[name][0] == SAVED[name][1 + index]])
+def test_the_next_steps_at_the_same_layout_keep_every_bit(results, name, index):
+    run, load = results[name], results[name]["loads"][index]
+    assert run["state"]["weights"].keys() == load["state"]["weights"].keys()
+    assert load["steps"] == run["steps"] and len(load["steps"]) == 3
+    assert all(step.applied for step in load["steps"])
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, index) for name, index in LOADS if SAVED[name][0].tensor == SAVED[name][1 + index].tensor]
+)
+def test_the_next_step_with_as_many_tensor_parallel_ranks_is_the_same(results, name, index):
+    """With another number partial sums round differently and codes near a tie flip: test_teacher_forced compares those."""
+    expected, found = results[name]["steps"][0], results[name]["loads"][index]["steps"][0]
+    assert found.loss == pytest.approx(expected.loss, abs=2e-6)
+    # One process rounds the sum of a tied embedding's two gradients to bf16, two stages round each of them.
+    rounded_otherwise = name == "tied bf16 pipeline"
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4 if rounded_otherwise else 1e-6)
 
 
 def test_a_newer_format_is_refused_in_words(results):

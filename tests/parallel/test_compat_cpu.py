@@ -61,7 +61,8 @@ def _receive(parallel, root: Path) -> None:
 
     from megatron_qsparse.models.gpt import transformer_config
 
-    pipeline = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), transformer_config(small_model(), parallel, torch.float32))
+    config = transformer_config(small_model(), parallel, torch.float32)
+    pipeline = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), config)
     if parallel_state.is_pipeline_last_stage():
         assert pipeline.recv_forward((4, 1, 8), is_first_stage=False).shape == (4, 1, 8)
     elif _patched("megatron.core.pipeline_parallel.p2p_communication"):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.parallel.helpers import gather, layout
-from tests.parallel.training import Case, make_engine, take_step
+from tests.parallel.training import Case, make_engine, micro_batches, take_step
 
 CASES = {
     "fp32": (Case(), math.nan),
@@ -26,7 +26,7 @@ def _poisoned_runs(rank: int) -> dict[str, dict]:
 
 
 def _poisoned_run(case: Case, value: float) -> dict:
-    """Two good steps, with a poisoned one in between and without it."""
+    """Two good steps, with a poisoned one and an evaluation in between and without them."""
     found = {}
     with layout(case.tensor, case.pipeline) as parallel:
         clean, engine = make_engine(case, parallel), make_engine(case, parallel)
@@ -40,6 +40,7 @@ def _poisoned_run(case: Case, value: float) -> dict:
         after = gather(engine.model)
         found["unchanged"] = all(torch.equal(before[name], after[name]) for name in before)
         factor = 1.0
+        found["evaluated"] = engine.evaluate(iter(micro_batches(2)), len(micro_batches(2)))
         found["next"], found["expected"] = take_step(engine, 2), take_step(clean, 2)
         weights, expected = gather(engine.model), gather(clean.model)
         found["same end"] = all(torch.equal(weights[name], expected[name]) for name in weights)
@@ -59,3 +60,10 @@ def test_the_step_is_skipped_by_every_rank_and_leaves_no_trace(runs, name):
         assert run["unchanged"]
         assert run["next"].applied and run["next"] == run["expected"]
         assert run["same end"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_evaluation_has_the_training_loss_and_leaves_no_trace(runs, name):
+    """It ran before the step that the test above compares bit for bit."""
+    for rank in runs:
+        assert rank[name]["evaluated"] == rank[name]["next"].loss

@@ -1,0 +1,120 @@
+"""Checkpoint directories: what is kept, what counts as complete, and what is said about the rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoints import FILES_NAME, CheckpointDirectory, damage, step_of
+
+
+class Warnings(list):
+    __call__ = list.append
+
+
+@pytest.fixture
+def directory(tmp_path) -> CheckpointDirectory:
+    return CheckpointDirectory(tmp_path / "checkpoints", keep_last=2, warn=Warnings())
+
+
+def _publish(directory: CheckpointDirectory, step: int, content: str = "weights") -> Path:
+    partial = directory.begin(step)
+    (partial / "state" / "part_0.bin").write_text(content)
+    (partial / "trainer.json").write_text("{}")
+    return directory.publish(partial)
+
+
+def test_nothing_yet_is_no_checkpoint(directory):
+    assert directory.newest() is None and directory.complete() == [] and directory.warn == []
+
+
+def test_the_last_ones_are_kept_and_the_newest_is_found(directory):
+    paths = [_publish(directory, step) for step in (5, 10, 100, 20)]
+    assert [path.name for path in directory.complete()] == ["step_00000020", "step_00000100"]
+    assert directory.newest() == paths[2] and step_of(paths[2]) == 100
+    assert directory.warn == []
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_keep_last_counts(tmp_path, keep_last):
+    directory = CheckpointDirectory(tmp_path, keep_last=keep_last)
+    for step in range(1, 6):
+        _publish(directory, step)
+    assert [step_of(path) for path in directory.complete()] == list(range(6 - keep_last, 6))
+
+
+def test_every_file_is_listed_with_size_and_hash(directory):
+    listing = json.loads((_publish(directory, 1) / FILES_NAME).read_text())
+    assert listing["format_version"] == 1
+    assert set(listing["files"]) == {"state/part_0.bin", "trainer.json"}
+    assert listing["files"]["state/part_0.bin"]["size"] == 7 and len(listing["files"]["state/part_0.bin"]["sha256"]) == 64
+
+
+DAMAGES = {
+    "cut file": (lambda path: (path / "state/part_0.bin").write_text("wei"), "state/part_0.bin has 3 bytes instead of 7"),
+    "missing file": (lambda path: (path / "state/part_0.bin").unlink(), "state/part_0.bin is missing"),
+    "missing files.json": (lambda path: (path / FILES_NAME).unlink(), "files.json: .*No such file"),
+    "cut files.json": (lambda path: (path / FILES_NAME).write_text('{"files": {'), "files.json: "),
+    "empty files.json": (lambda path: (path / FILES_NAME).write_text(""), "files.json: "),
+    "foreign files.json": (lambda path: (path / FILES_NAME).write_text("[]"), "files.json: "),
+    "entry without a size": (lambda path: (path / FILES_NAME).write_text('{"files": {"trainer.json": 3}}'), "files.json: "),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_is_named_and_the_one_before_is_used(directory, kind):
+    harm, words = DAMAGES[kind]
+    older, newer = _publish(directory, 10), _publish(directory, 20)
+    harm(newer)
+    assert directory.newest() == older
+    assert len(directory.warn) == 1 and str(newer) in directory.warn[0] and "the one before" in directory.warn[0]
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(directory.warn[0])
+    assert directory.complete() == [older] and damage(older) is None
+
+
+def test_damaged_ones_do_not_push_out_complete_ones(directory):
+    first = _publish(directory, 10)
+    (_publish(directory, 20) / "trainer.json").unlink()
+    third = _publish(directory, 30)
+    assert directory.complete() == [first, third], "two complete ones are kept, whatever lies between"
+
+
+def test_all_damaged_is_an_error_after_each_was_named(directory):
+    """Starting over would overwrite what could still be restored."""
+    for step in (1, 2):
+        (_publish(directory, step) / "trainer.json").unlink()
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged: restore one, or move"):
+        directory.newest()
+    assert ["step_00000002" in directory.warn[0], "step_00000001" in directory.warn[1]] == [True, True]
+
+
+def test_an_interrupted_write_is_no_checkpoint_and_is_begun_anew(directory):
+    complete = _publish(directory, 10)
+    partial = directory.begin(20)
+    (partial / "state" / "half.bin").write_text("ha")
+    (directory.path / "step_00000012.partial").mkdir()
+    (directory.path / "notes").mkdir()
+    assert directory.newest() == complete and directory.warn == []
+    again = directory.begin(20)
+    assert again == partial and not list((again / "state").iterdir())
+    assert not (directory.path / "step_00000012.partial").exists(), "another step's leftovers only cost space"
+    assert [step_of(path) for path in directory.complete()] == [10]
+    published = _publish(directory, 20)
+    assert not partial.exists() and directory.newest() == published
+
+
+def test_a_step_can_be_published_again(directory):
+    """After a resume from an older checkpoint, also over a damaged one."""
+    (_publish(directory, 10, "old weights") / "trainer.json").unlink()
+    path = _publish(directory, 10, "new")
+    assert directory.newest() == path and (path / "state/part_0.bin").read_text() == "new"
+    assert damage(path) is None and directory.warn == []
+
+
+def test_the_default_warning_goes_to_stderr(tmp_path, capsys):
+    directory = CheckpointDirectory(tmp_path, keep_last=1)
+    (_publish(directory, 3) / "trainer.json").unlink()
+    with pytest.raises(ValueError):
+        directory.newest()
+    assert capsys.readouterr().err.startswith("warning: ")
