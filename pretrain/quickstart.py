@@ -27,19 +27,24 @@ def main(args: list[str] | None = None) -> int:
 
     started = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-    environment.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(options.output / 'mlflow.db').absolute()}")
-    commands = [
-        *data_commands(options.output),
-        *run_commands(options.output, options.processes, options.steps),
-        report_command(options.output),
-    ]
-    for number, command in enumerate(commands, start=1):
-        print(f"\n[{number}/{len(commands)}, {time.monotonic() - started:.0f} s] {shown(command)}", flush=True)
-        status = subprocess.run(command, env=environment).returncode
-        if status:
-            print(f"error: the command above ended with status {status}; mend the cause and start the quickstart again", file=sys.stderr)
-            return 1
+    # torchrun would set it for more than one process, with a warning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(options.output / 'mlflow.db').absolute()}"
+    commands = data_commands(options.output)
+    commands += run_commands(options.output, options.processes, options.steps, uri)
+    commands.append(report_command(options.output, uri, full_length=options.steps is None))
+    try:
+        for number, command in enumerate(commands, start=1):
+            print(f"\n[{number}/{len(commands)}, {time.monotonic() - started:.0f} s] {shown(command)}", flush=True)
+            status = subprocess.run(command).returncode
+            if status:
+                print(
+                    f"error: the command above ended with status {status}; mend the cause and start the quickstart again", file=sys.stderr
+                )
+                return 1
+    except KeyboardInterrupt:
+        print("interrupted: start the quickstart again to go on from what is done", file=sys.stderr)
+        return 130
     print(f"\nquickstart: done in {time.monotonic() - started:.0f} s; open {options.output / 'report' / 'index.html'}")
     return 0
 
@@ -55,49 +60,45 @@ def data_commands(output: Path) -> list[list[str]]:
     ]
 
 
-def run_commands(output: Path, processes: int, steps: int | None) -> list[list[str]]:
-    """One training command a run; runs that have reached their last step are left out."""
+def run_commands(output: Path, processes: int, steps: int | None, uri: str) -> list[list[str]]:
+    """One command a run: training, or for a run that has reached its last step the shipping of what MLflow may lack."""
     commands = []
     for name in RUNS:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            "-m",
-            "pretrain.train",
-        ]
-        flags = [
-            "--config",
-            str(CONFIGS / f"tiny_{name}.yaml"),
-            "--data.path",
-            str(output / "shards"),
-            "--output_dir",
-            str(output / "runs" / name),
-        ]
+        run = str(output / "runs" / name)
+        flags = ["--config", str(CONFIGS / f"tiny_{name}.yaml"), "--data.path", str(output / "shards"), "--output_dir", run]
+        flags += ["--tracking.uri", uri]
         if steps is not None:
             flags += ["--train.steps", str(steps), "--schedule.warmup_steps", str(max(1, steps // 10))]
-        if is_complete(flags):
-            print(f"{output / 'runs' / name} is complete")
+        if settled(flags):
+            print(f"{run} is complete")
         else:
-            commands.append([*command, *flags])
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            commands.append([*launcher, "-m", "pretrain.train", *flags])
     return commands
 
 
-def is_complete(flags: list[str]) -> bool:
-    """Whether the newest complete checkpoint of this run is that of its last step."""
+def settled(flags: list[str]) -> bool:
+    """Whether the newest complete checkpoint is that of the last step; if so, MLflow is brought up to date as well."""
     from pretrain.checkpoints import CheckpointDirectory, step_of
     from pretrain.config import parse
+    from pretrain.tracking import settle
 
     config = parse(flags)
-    newest = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last).newest()
-    return newest is not None and step_of(newest) >= config.train.steps
+    try:
+        newest = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last).newest()
+    except ValueError:
+        # All are damaged: the training command says so and what to do.
+        return False
+    if newest is None or step_of(newest) < config.train.steps:
+        return False
+    settle(config.tracking, config.run_directory)
+    return True
 
 
-def report_command(output: Path) -> list[str]:
-    return [sys.executable, "-m", "pretrain.compare", "--experiment", "quickstart", "--output", str(output / "report")]
+def report_command(output: Path, uri: str, full_length: bool) -> list[str]:
+    """The report; runs of full length must be well below what token frequencies alone explain."""
+    command = [sys.executable, "-m", "pretrain.compare", "--experiment", "quickstart", "--output", str(output / "report"), "--uri", uri]
+    return [*command, "--require-under-unigram", "1.5"] if full_length else command
 
 
 def shown(command: list[str]) -> str:

@@ -21,7 +21,7 @@ from pretrain.callbacks.validation import Validate
 from pretrain.checkpoints import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
 from pretrain.hardware import choose_device
-from pretrain.tracking import DatasetInput, Tracker, collect_environment
+from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
 from pretrain.trainer import Trainer, TrainerState
 from pretrain.validate import Validated
 
@@ -53,6 +53,8 @@ def run(validated: Validated) -> int:
     state = resumed or TrainerState()
     if state.step >= config.train.steps:
         _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
+        if dist.get_rank() == 0:
+            settle(config.tracking, config.run_directory)
         groups.destroy()
         return 0
     tracker = _start_tracking(validated, state, resumed is not None) if dist.get_rank() == 0 else None
@@ -121,7 +123,7 @@ def _start_tracking(validated: Validated, state: TrainerState, resumed: bool) ->
     )
     if resumed:
         _say(f"going on after step {state.step}, {state.consumed_samples:,} samples")
-    else:
+    if tracker.is_new_run:
         tracker.log(
             {"model/parameters": count.total, "data/validation_unigram_entropy": unigram_entropy(config.data.path, "validation")}, step=0
         )

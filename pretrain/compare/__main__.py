@@ -18,13 +18,16 @@ FORMAT_VERSION = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, or 2 when there is nothing to compare)."""
+    """Run the command line; returns the exit code (0, 1 when a run misses what is required, 2 when there is nothing to compare)."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.compare", description="Compare the runs of an MLflow experiment.")
     parser.add_argument("--experiment", required=True, help="MLflow experiment that holds the runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")
     parser.add_argument("--uri", default="", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     parser.add_argument("--runs", nargs="+", metavar="NAME", help="names of the runs to compare (default: all)")
     parser.add_argument("--baseline", metavar="NAME", help="run the gaps refer to (default: the dense one, keep 1.0 without BitNet)")
+    parser.add_argument(
+        "--require-under-unigram", type=float, metavar="NAT", help="exit with 1 unless every run ends this far under the unigram entropy"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
@@ -32,17 +35,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         selection = load_runs(options.uri, options.experiment, options.runs)
-        return report(selection, options.baseline, options.output)
+        summaries = report(selection, options.baseline, options.output)
     except (ComparisonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.require_under_unigram is None:
+        return 0
+    return check_under_unigram(summaries, options.runs or [], options.require_under_unigram)
 
 
-def report(selection: Any, baseline_name: str | None, output: Path) -> int:
-    """Print the comparison and write its files; returns the exit code."""
+def check_under_unigram(summaries: list[Any], asked: list[str], required: float) -> int:
+    """Say which runs are not far enough under the unigram entropy; returns the exit code."""
+    from pretrain.compare.table import misses
+
+    lines = misses(summaries, asked, required)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    if not lines:
+        print(f"all {len(summaries)} runs are at least {required:g} nat under the unigram entropy")
+    return 1 if lines else 0
+
+
+def report(selection: Any, baseline_name: str | None, output: Path) -> list[Any]:
+    """Print the comparison and write its files; returns the runs' summaries."""
     from pretrain.compare.figures import draw
     from pretrain.compare.load import ComparisonError
     from pretrain.compare.page import build_page
+    from pretrain.compare.seeds import largest_spread, measure_seeds, seed_sentence
     from pretrain.compare.table import find_baseline, format_table, summarize, unequal_training
     from pretrain.compare.ui import charts_link, serve_command
 
@@ -56,24 +75,26 @@ def report(selection: Any, baseline_name: str | None, output: Path) -> int:
         selection.runs.sort(key=lambda run: run is not baseline)
         selection.notes += unequal_training(selection.runs, baseline)
     summaries = [summarize(run, baseline) for run in selection.runs]
+    seeds = measure_seeds(selection.runs)
     link, command = charts_link(selection), serve_command(selection.uri)
 
     output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(runs_json(selection, summaries, baseline), indent=1, allow_nan=False)
+    content = json.dumps(runs_json(selection, summaries, seeds, baseline), indent=1, allow_nan=False)
     (output / "runs.json").write_text(content + "\n")
-    draw(selection.runs, baseline, output / "curves.png")
-    (output / "index.html").write_text(build_page(selection, summaries, baseline, command, link))
+    draw(selection.runs, baseline, largest_spread(seeds), output / "curves.png")
+    (output / "index.html").write_text(build_page(selection, summaries, seeds, baseline, command, link))
 
     print(format_table(summaries, baseline))
-    print("\ntrain loss: mean of the last 5 logged points; one seed does not rank the runs (seeds differ by 0.004 to 0.034 nat)")
+    print("\ntrain loss: mean of the last 5 logged points")
+    print(f"One seed does not rank runs whose gap is small. {seed_sentence(seeds, selection.experiment)}")
     for note in selection.notes:
         print(f"note: {note}")
     print(f"\nreport: {output / 'index.html'} (with curves.png and runs.json)")
     print("in MLflow:" + (f"\n  {command}\n  then open" if command else ""), link)
-    return 0
+    return summaries
 
 
-def runs_json(selection: Any, summaries: list[Any], baseline: Any) -> dict[str, Any]:
+def runs_json(selection: Any, summaries: list[Any], seeds: list[Any], baseline: Any) -> dict[str, Any]:
     """Everything the report rests on, in full precision; NaN and infinities as strings, as in the journal."""
     from pretrain.compare.table import as_dict, differing_settings
 
@@ -95,6 +116,7 @@ def runs_json(selection: Any, summaries: list[Any], baseline: Any) -> dict[str, 
         "experiment": selection.experiment,
         "baseline": baseline.name if baseline else None,
         "notes": selection.notes,
+        "seeds": [{"runs": group.names, "validation_losses": group.losses, "spread": group.spread} for group in seeds],
         "differing_settings": differing_settings(selection.runs),
         "runs": runs,
     }

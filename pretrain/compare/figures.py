@@ -12,13 +12,12 @@ from pretrain.compare.table import ENTROPY, TRAIN_LOSS, si
 # Okabe and Ito's palette: told apart with every common colour blindness; markers repeat the distinction without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Validation losses of two seeds of one quickstart setting differed by this much, in nat.
-SEED_SPREAD = (0.004, 0.034)
+LEAST_REACH = 0.01
 GREY = "#5b6470"
 
 
-def draw(runs: list[Run], baseline: Run | None, path: Path) -> None:
-    """Write the figure as PNG. The same runs give the same picture."""
+def draw(runs: list[Run], baseline: Run | None, spread: float | None, path: Path) -> None:
+    """Write the figure as PNG, with a band of +-`spread` nat behind the gaps. The same runs give the same picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,7 +53,7 @@ def draw(runs: list[Run], baseline: Run | None, path: Path) -> None:
             panel.set_title(f"Loss against {AXES[axis][1]}", pad=10)
             panel.set_xlabel(AXES[axis][1])
         if with_gap:
-            _draw_gaps(panels[-1], runs, baseline)
+            _draw_gaps(panels[-1], runs, baseline, spread)
         for panel in panels:
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
             panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
@@ -107,8 +106,11 @@ def _draw_losses(panel: Any, runs: list[Run], series: dict[str, Series], entropy
     panel.annotate(f"{line}\nmarker: validation", (0.98, 0.86), xycoords="axes fraction", ha="right", va="top", color=GREY, fontsize=8.5)
 
 
-def _draw_gaps(panel: Any, runs: list[Run], baseline: Run) -> None:
-    panel.axhspan(-SEED_SPREAD[1], SEED_SPREAD[1], color="#eceff3", zorder=0, linewidth=0)
+def _draw_gaps(panel: Any, runs: list[Run], baseline: Run, spread: float | None) -> None:
+    if spread is not None:
+        panel.axhspan(-spread, spread, color="#eceff3", zorder=0, linewidth=0)
+        text = f"grey: seeds of one setting\ndiffered by up to {spread:.3f} nat"
+        panel.annotate(text, (0.02, 0.03), xycoords="axes fraction", color=GREY, fontsize=8.5, va="bottom")
     panel.axhline(0, color=GREY, linewidth=1)
     finite, end = [], 1
     for run, color, marker in _styles(runs):
@@ -120,16 +122,9 @@ def _draw_gaps(panel: Any, runs: list[Run], baseline: Run) -> None:
         steps, gaps = zip(*points, strict=True)
         panel.plot(steps, gaps, color=color, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.8, linewidth=1.4)
         panel.annotate(f"{gaps[-1]:+.3f}", (steps[-1], gaps[-1]), (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
-    reach = _reach([[gap for _, gap in gap_points(run, baseline)] for run in runs])
-    panel.set_ylim(-reach if min(finite) < -SEED_SPREAD[1] else -1.7 * SEED_SPREAD[1], reach)
-    panel.annotate(
-        f"grey: two seeds of one setting\ndiffered by up to {SEED_SPREAD[1]} nat",
-        (0.02, 0.03),
-        xycoords="axes fraction",
-        color=GREY,
-        fontsize=8.5,
-        va="bottom",
-    )
+    least = max(spread or 0.0, LEAST_REACH)
+    reach = _reach([[gap for _, gap in gap_points(run, baseline)] for run in runs], least)
+    panel.set_ylim(-reach if min(finite) < -least else -1.7 * least, reach)
     panel.set_xlim(0, 1.16 * end)
     panel.set_title(f"Validation gap to {baseline.name}", pad=10)
     panel.set_xlabel("step")
@@ -142,9 +137,9 @@ def _tick(value: float) -> str:
     return f"{float(number):g}{letter}"
 
 
-def _reach(gaps: list[list[float]]) -> float:
+def _reach(gaps: list[list[float]], least: float) -> float:
     """Half height of the gap axis. The first validation may differ wildly between learning rates; it may leave the picture."""
-    later = max([1.5 * SEED_SPREAD[1], *(abs(gap) for run in gaps for gap in run[1:])])
+    later = max([1.5 * least, *(abs(gap) for run in gaps for gap in run[1:])])
     return 1.12 * max([later, *(abs(run[0]) for run in gaps if run and abs(run[0]) < 2 * later)])
 
 

@@ -9,26 +9,31 @@ import math
 from string import Template
 from typing import Any
 
-from pretrain.compare.figures import SEED_SPREAD
+from megatron_qsparse.config import PROJECTIONS
 from pretrain.compare.load import TRAIN_LOSS, VALIDATION_LOSS, Run, Selection
+from pretrain.compare.seeds import SeedGroup, largest_spread, seed_sentence
 from pretrain.compare.series import AXES, gap_points, loss_range, make_series, points_per_mean
-from pretrain.compare.table import ENTROPY, LAST_POINTS, PROJECTIONS, Summary, cells, columns, differing_settings, si
+from pretrain.compare.table import ENTROPY, LAST_POINTS, Summary, cells, columns, differing_settings, si
 
 AXIS_TITLES = {"tokens": "Tokens", "flops": "Activated FLOPs"}
 
 
-def build_page(selection: Selection, summaries: list[Summary], baseline: Run | None, command: str | None, link: str) -> str:
+def build_page(
+    selection: Selection, summaries: list[Summary], seeds: list[SeedGroup], baseline: Run | None, command: str | None, link: str
+) -> str:
     """The whole page as text.
 
     Args:
         summaries: one per run of the selection, in its order.
+        seeds: the runs that differ in their seed alone.
         command: shell command that serves MLflow, None when a server runs already.
         link: opens these runs in MLflow.
     """
     runs = selection.runs
     entropy = next((value for run in runs if (value := run.last(ENTROPY)) is not None), None)
-    data = page_data(runs, baseline, entropy)
-    spread = {"spread_low": str(SEED_SPREAD[0]), "spread_high": str(SEED_SPREAD[1])}
+    spread = largest_spread(seeds)
+    data = page_data(runs, baseline, entropy, spread)
+    band = "" if spread is None else f" Inside the band a gap is no larger than what seeds of one setting differed by ({spread:.3f} nat)."
     has_gap = baseline is not None and any(gap_points(run, baseline) for run in runs)
     size = points_per_mean(max(len(run.history[TRAIN_LOSS].steps) for run in runs))
     buttons = [
@@ -42,21 +47,21 @@ def build_page(selection: Selection, summaries: list[Summary], baseline: Run | N
         lead=html.escape(_lead(runs, baseline)),
         axis_buttons="".join(buttons),
         smoothing=f" (means of {size} logged points)" if size > 1 else "",
-        gap_section=Template(_asset("gap.html")).substitute(baseline=html.escape(baseline.name), **spread) if has_gap else "",
+        gap_section=Template(_asset("gap.html")).substitute(baseline=html.escape(baseline.name), band=band) if has_gap else "",
         results=_results(runs, summaries, baseline),
         last_points=LAST_POINTS,
         entropy=f" ({entropy:.3f})" if entropy is not None else "",
+        seeds=html.escape(seed_sentence(seeds, selection.experiment)),
         notes=_list(selection.notes),
         settings=_settings(runs),
         mlflow=_mlflow(command, link),
         # "</" would end the script element in the middle of a name that contains it.
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
         script=_asset("page.js"),
-        **spread,
     )
 
 
-def page_data(runs: list[Run], baseline: Run | None, entropy: float | None) -> dict[str, Any]:
+def page_data(runs: list[Run], baseline: Run | None, entropy: float | None, spread: float | None) -> dict[str, Any]:
     """What the page's script draws; non-finite values become null."""
     axes = []
     for key, (metric, label) in AXES.items():
@@ -74,7 +79,7 @@ def page_data(runs: list[Run], baseline: Run | None, entropy: float | None) -> d
         "runs": described,
         "baseline": baseline.name if baseline else None,
         "entropy": entropy,
-        "spread": SEED_SPREAD[1],
+        "spread": spread,
     }
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, fields
 
+from megatron_qsparse.config import PROJECTIONS
 from pretrain.compare.load import TRAIN_LOSS, VALIDATION_LOSS, Run
 
 LAST_POINTS = 5
-PROJECTIONS = ("attention.qkv", "attention.proj", "mlp.gate_up", "mlp.down")
 ENTROPY = "data/validation_unigram_entropy"
 
 
@@ -120,9 +120,30 @@ def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
 
     Where a run lives and what it is called (`output_dir`, `tracking.*`) always differs and is left out.
     """
-    names = sorted({name for run in runs for name in run.params if name != "output_dir" and not name.startswith("tracking.")})
+    names = sorted({name for run in runs for name in run.params if not is_place(name)})
     table = {name: [run.params.get(name, "-") for run in runs] for name in names}
     return {name: values for name, values in table.items() if len(set(values)) > 1}
+
+
+def is_place(parameter: str) -> bool:
+    """Whether a parameter only says where a run lives and what it is called."""
+    return parameter == "output_dir" or parameter.startswith("tracking.")
+
+
+def misses(summaries: list[Summary], asked: list[str], required: float) -> list[str]:
+    """A line for each run that is not at least `required` nat under the unigram entropy of the held-out tokens.
+
+    Args:
+        asked: names of runs that must be there, besides those of `summaries`.
+    """
+    lines = [f"{name} is left out of the comparison" for name in asked if name not in {summary.run for summary in summaries}]
+    for summary in summaries:
+        under = summary.under_unigram
+        if under is None:
+            lines.append(f"{summary.run} lacks {VALIDATION_LOSS if summary.validation_loss is None else ENTROPY}")
+        elif not under >= required:
+            lines.append(f"{summary.run} is {under:.3f} nat under the unigram entropy, {required:g} are required")
+    return lines
 
 
 def si(value: float | None) -> str:

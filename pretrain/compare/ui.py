@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def serve_command(uri: str) -> str | None:
     if uri.startswith("http"):
         return None
     beside = Path(sys.executable).with_name("mlflow")
-    program = str(beside) if beside.exists() else f"{sys.executable} -m mlflow"
-    return f"{program} ui --backend-store-uri {uri} --port {PORT}"
+    program = [str(beside)] if beside.exists() else [sys.executable, "-m", "mlflow"]
+    return shlex.join([*program, "ui", "--backend-store-uri", uri, "--port", str(PORT)])
 
 
 def charts_link(selection: Selection) -> str:

@@ -13,8 +13,10 @@ A run directory holds:
     metrics.discarded.jsonl  steps after the checkpoint a resume went back to
     system.jsonl             CPU, memory, disk, network and GPU samples (system.py)
     run.json                 what MLflow is to know besides metrics: parameters, tags, data sets, status (record.py)
+    artifacts/               copies of the files that MLflow is to have, as each session passed them
     run_id                   the MLflow run's id, used again on resume
     shipped.json             how far shipping has come (shipper.py)
+    previous/N/              the same files of a run that was started here before and not resumed
 
 Nothing here imports torch or Megatron, and MLflow is imported only where it is called.
 """
@@ -22,7 +24,8 @@ Nothing here imports torch or Megatron, and MLflow is imported only where it is 
 from pretrain.tracking.environment import collect_environment
 from pretrain.tracking.journal import read_journal
 from pretrain.tracking.record import DatasetInput
+from pretrain.tracking.settle import settle
 from pretrain.tracking.store import validate_uri
 from pretrain.tracking.tracker import Tracker, TrackingConfig
 
-__all__ = ["DatasetInput", "Tracker", "TrackingConfig", "collect_environment", "read_journal", "validate_uri"]
+__all__ = ["DatasetInput", "Tracker", "TrackingConfig", "collect_environment", "read_journal", "settle", "validate_uri"]

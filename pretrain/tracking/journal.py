@@ -161,6 +161,15 @@ def iterate_lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
             yield line, offset
 
 
+def first_step(path: Path) -> int | None:
+    """Step of the first line; None without a readable one."""
+    for line, _ in iterate_lines(path, 0):
+        with suppress(ValueError):
+            return decode_line(line)["step"]
+        break
+    return None
+
+
 def last_timestamp_ms(path: Path) -> int | None:
     """When the last line was written; None without a readable one."""
     last = b""

@@ -52,7 +52,6 @@ class ShippingState:
             self.offsets[METRICS_NAME] = min([self.offsets[METRICS_NAME], *cuts])
         self.session = len(record.journal_bytes_at_resume)
 
-
     def has_everything(self, record: RunRecord, run_directory: Path) -> bool:
         """Whether a store has confirmed all that the run directory holds, the status included."""
         return (

@@ -96,3 +96,9 @@ def shipping_errors() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return MlflowException, RequestException, SQLAlchemyError, ParseError, OSError, ValueError, ImportError
+
+
+def brief(error: Exception) -> str:
+    """An error of the store in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

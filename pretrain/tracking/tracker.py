@@ -12,24 +12,24 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.tracking.background import ShippingThread
-from pretrain.tracking.journal import Journal, discarded_path, truncate_after
-from pretrain.tracking.record import RECORD_NAME, DatasetInput, RunRecord
+from pretrain.tracking.background import PREVIOUS_NAME, ShippingThread
+from pretrain.tracking.journal import Journal, discarded_path, first_step, truncate_after
+from pretrain.tracking.record import ARTIFACTS_NAME, RECORD_NAME, DatasetInput, RunRecord
+from pretrain.tracking.settle import end_record, report_rest
 from pretrain.tracking.shipper import RUN_ID_NAME
-from pretrain.tracking.state import METRICS_NAME, STATE_NAME, SYSTEM_NAME, unshipped_points
+from pretrain.tracking.state import METRICS_NAME, STATE_NAME, SYSTEM_NAME
 from pretrain.tracking.store import resolve_uri, validate_uri
 from pretrain.tracking.system import SystemSampler
 
 logger = logging.getLogger(__name__)
 
-PREVIOUS_NAME = "previous"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -76,9 +76,13 @@ class Tracker:
         params: resolved configuration with dotted names; values are stored as `str(value)`.
         tags: facts about this session, such as `collect_environment()`; `config.tags` are added.
         datasets: data sets the run reads.
-        artifacts: existing files to upload, such as config.yaml.
+        artifacts: existing files to upload, such as config.yaml, under their names, which must differ; copied at once.
         resumed_from_step: step of the checkpoint that training goes on from: the journal is cut behind it and the MLflow
             run goes on. None starts a new run; what an earlier one left in the directory moves to `previous/N`.
+
+    Attributes:
+        is_new_run: the run's first line (parameter counts and the like, at step 0) is still to be logged: the run begins,
+            or its record and its journal were lost.
 
     Raises:
         ValueError: settings that cannot work, or a damaged run.json on resume.
@@ -115,8 +119,11 @@ class Tracker:
                 record.uri = uri
                 record.resume(params, tags, datasets, artifacts, self._directory, resumed_from_step, size)
             else:
+                # Without the record nobody knows where the journal was cut before: ship all of it again.
+                (self._directory / STATE_NAME).unlink(missing_ok=True)
                 record.begin(params, tags, datasets, artifacts, self._directory)
         record.save(self._directory)
+        self.is_new_run = not record.journal_bytes_at_resume and first_step(metrics_path) != 0
         self._record = record
         self._journal = Journal(metrics_path)
         interval = config.system_metrics_interval_s
@@ -156,28 +163,21 @@ class Tracker:
         if self._sampler:
             self._sampler.stop()
         self._journal.close()
-        self._record.status, self._record.ended_ms = status, time.time_ns() // 1_000_000
+        self._record.end(status, time.time_ns() // 1_000_000)
         try:
             self._record.save(self._directory)
         except OSError as error:
             logger.warning("cannot write %s (%s): MLflow will not learn that the run is %s", self._directory / RECORD_NAME, error, status)
         if self._shipping and not self._shipping.finish(self._config.drain_timeout_s):
-            self._report_rest()
-
-    def _report_rest(self) -> None:
-        try:
-            points = unshipped_points(self._directory)
-        except (OSError, ValueError) as error:
-            logger.warning("cannot count the points that MLflow lacks: %s", error)
-            return
-        rest = f"{points:,} points are only in" if points else "not everything reached MLflow from"
-        command = f"{sys.executable} -m pretrain.tracking sync {self._directory}"
-        logger.warning("%s %s; ship them with: %s", rest, self._directory, command)
+            report_rest(self._directory)
 
 
 def _set_aside(directory: Path) -> None:
-    """Move an earlier run's tracking files to previous/N, where `sync` can still ship them; its run id goes along."""
-    names = [RECORD_NAME, METRICS_NAME, discarded_path(Path(METRICS_NAME)).name, SYSTEM_NAME, RUN_ID_NAME, STATE_NAME]
+    """Move an earlier run's tracking files to previous/N, its run id included; shipping goes on there.
+
+    One that still says RUNNING was killed without a word and is KILLED.
+    """
+    names = [RECORD_NAME, METRICS_NAME, discarded_path(Path(METRICS_NAME)).name, SYSTEM_NAME, RUN_ID_NAME, STATE_NAME, ARTIFACTS_NAME]
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:
         return
@@ -186,4 +186,6 @@ def _set_aside(directory: Path) -> None:
     target.mkdir(parents=True)
     for path in found:
         path.replace(target / path.name)
+    with suppress(FileNotFoundError, ValueError):  # no record, or a damaged one: it stays what it is
+        end_record(target, "KILLED")
     logger.warning("%s holds an earlier run that is not resumed: its tracking files moved to %s", directory, target)

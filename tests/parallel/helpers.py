@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "rescale": (small_model(), QSparseConfig(**KEEP, rescale="l2"), BitNetConfig()),
     "subln": (small_model(), QSparseConfig(), BitNetConfig(subln=True)),
     "bitnet": (small_model(), QSparseConfig(), BitNetConfig(enabled=True)),
+    "bitnet_block": (small_model(), QSparseConfig(**KEEP, mode="block"), BitNetConfig(enabled=True)),
     "bitnet_groups_subln": (small_model(), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)),
     "bitnet_global_rescale": (small_model(), QSparseConfig(**KEEP, mode="global", rescale="l2"), BitNetConfig(enabled=True)),
     "tied": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig()),

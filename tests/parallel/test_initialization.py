@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.parallel.helpers import build, gather, layout
-from tests.parallel.training import Case, make_engine
+from tests.parallel.training import Case, make_engine, micro_batches, take_step
 
 VARIANTS = ("tied_bitnet_subln", "bitnet_groups_subln", "one_kv_head")
 LAYOUTS = {"one": (1, 1, False), "tensor": (2, 1, False), "sequence": (2, 1, True), "pipeline": (1, 2, False)}
@@ -23,6 +23,7 @@ def _initial_weights(rank: int) -> dict:
         found["other seed"] = gather(build("bitnet_groups_subln", parallel, seed=6))
         found["bf16"] = gather(build("one_kv_head", parallel, torch.bfloat16, seed=5))
     found["refusals"] = _refusals()
+    found["stale"], found["counted"] = _engine_options()
     return found
 
 
@@ -33,6 +34,27 @@ def _refusals() -> list[str]:
             make_engine(case, parallel)
         messages.append(str(caught.value))
     return messages
+
+
+def _engine_options() -> tuple[str, list[dict]]:
+    """(what `check_codes` says of a weight written between two steps; sparsity measured over an evaluation, over a step)"""
+    case = Case("bitnet_groups_subln")
+    with layout() as parallel:
+        engine = make_engine(case, parallel)
+        batches = micro_batches(0)
+        engine.meters.start()
+        engine.evaluate(iter(batches), len(batches))
+        counted = [engine.meters.stop()]
+        engine.meters.start()
+        take_step(engine, 0)
+        counted.append(engine.meters.stop())
+        engine.check_codes = True
+        take_step(engine, 1)
+        engine.evaluate(iter(batches), len(batches))
+        engine.model.decoder.layers[1].mlp.linear_fc2.weight.data.mul_(1.001)
+        with pytest.raises(RuntimeError) as caught:
+            take_step(engine, 2)
+    return str(caught.value), counted
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +110,14 @@ def test_stages_that_cannot_work_are_refused(weights):
     tied, three, zero = weights["refusals"]
     assert "tied embeddings" in tied and "stage 1" in tied
     assert "stage 3" in three and "stage 0" in zero
+
+
+def test_the_engine_finds_codes_that_are_stale(weights):
+    assert weights["stale"].startswith("layers.1.mlp.down: ") and "stale" in weights["stale"]
+
+
+def test_sparsity_is_measured_in_training_and_not_in_evaluation(weights):
+    evaluation, step = weights["counted"]
+    assert evaluation == {}
+    # keep = 0.4 of 64 features is 26.
+    assert len(step) == 4 and all(sparsity >= 1 - 26 / 64 for sparsity in step.values())

@@ -10,10 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
+from data_tools.reader import TokenDataset
 from tests.pretrain.launch import journal, losses, signal_workers, started, train, train_command, wait_for_step
 
 STEPS = 20
-# 2 processes x 2 samples x 4 micro-batches; 20 steps pass the end of the epoch of about 160 samples.
+# 2 processes x 2 samples x 4 micro-batches.
 BATCH = ["--train.micro_batch_size", 2, "--train.global_batch_size", 16, "--train.steps", STEPS, "--validation.samples", 16]
 CASES = {
     # The second stage of the schedule, another learning rate and no weight decay, begins at step 10, where the run is broken.
@@ -27,6 +28,9 @@ CASES = {
         *("--schedule.kind", "wsd", "--schedule.warmup_steps", "11", "--schedule.decay_steps", "6"),
     ],
 }
+
+
+SIGNALS = {"bf16 bitnet_qsparse": signal.SIGTERM, "fp32 qsparse": signal.SIGUSR1}
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -44,24 +48,29 @@ def test_stopped_by_a_signal_and_started_again(case, shards, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(*arguments, "--output_dir", straight)
     assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+    samples = TokenDataset(shards, "train", 32, seed=0, micro_batch_size=2, global_batch_size=16)
+    assert 10 * 16 < samples.epoch_samples < STEPS * 16, "the second half must pass the end of the epoch"
+    saved = json.loads((straight / "checkpoints" / "step_00000020" / "trainer.json").read_text())
+    assert saved["identity"]["kept.layers.0.mlp.down"] == [6, 8, 128] and saved["identity"]["model.num_layers"] == 2
 
     # 10 + restart + 10: what the unbroken run did after its checkpoint of step 10 is taken away.
     shutil.copytree(straight, broken)
     shutil.rmtree(broken / "checkpoints" / "step_00000020")
-    output = train(*arguments, "--output_dir", broken)
+    output = train(*arguments, "--output_dir", broken, "--train.check_codes", "true")
     assert "going on after step 10, 160 samples" in output
     assert losses(broken) == losses(straight)
     assert [entry["step"] for entry in journal(broken)] == [entry["step"] for entry in journal(straight)]
     _assert_same_state(straight, broken)
 
-    # Stopped by a signal wherever it is then, which also saves between two intervals.
-    signalled = tmp_path / "signalled"
+    # Stopped by a signal wherever it is then, which also saves between two intervals. torchrun passes SIGTERM on to its
+    # processes, and ends with an error of its own; SIGUSR1 it does not know, so that goes to the processes.
+    signalled, number = tmp_path / "signalled", SIGNALS[case]
     with started(train_command(*arguments, "--output_dir", signalled)) as process:
         wait_for_step(process, signalled, 4)
-        signal_workers(process, signal.SIGUSR1)
+        process.send_signal(number) if number is signal.SIGTERM else signal_workers(process, number)
         output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "SIGUSR1: checkpoint saved after step" in output
+    assert (process.returncode == 0) is (number is signal.SIGUSR1), output
+    assert f"{number.name}: checkpoint saved after step" in output
     assert max(losses(signalled)) < STEPS, "the run had ended before the signal came"
     train(*arguments, "--output_dir", signalled)
     assert losses(signalled) == losses(straight)

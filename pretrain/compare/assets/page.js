@@ -127,12 +127,13 @@ function drawGap() {
   const all = D.runs.filter(run => run.series[state.axis] && run.name !== D.baseline).map(run => pairs(run.series[state.axis]));
   const later = all.flatMap(list => list.slice(1)).map(point => point[1]), first = all.filter(list => list.length).map(list => list[0][1]);
   // The first validation may differ wildly between learning rates; it may leave the picture then.
-  const reach = Math.max(D.spread, ...later.map(Math.abs)), values = [...later, ...first.filter(gap => !later.length || Math.abs(gap) < 2 * reach)];
+  const spread = D.spread ?? 0, reach = Math.max(spread, ...later.map(Math.abs)), values = [...later, ...first.filter(gap => !later.length || Math.abs(gap) < 2 * reach)];
   const end = Math.max(...D.runs.filter(run => run.series[state.axis]).map(run => { const xs = run.series[state.axis].train_x; return xs[xs.length - 1]; }));
-  const low = Math.min(-D.spread * 1.5, ...values), high = Math.max(D.spread * 1.5, ...values), margin = (high - low) * 0.06;
+  const least = spread * 1.5 || 0.01;
+  const low = Math.min(-least, ...values), high = Math.max(least, ...values), margin = (high - low) * 0.06;
   const f = frame(host, 260, [0, end * 1.02], [low - margin, high + margin], axis.label, true);
-  let extra = `<rect x="${f.box.left}" width="${f.box.right - f.box.left}" y="${f.py(D.spread)}" height="${f.py(-D.spread) - f.py(D.spread)}" fill="var(--band)"/>` +
-    `<line x1="${f.box.left}" x2="${f.box.right}" y1="${f.py(0)}" y2="${f.py(0)}" stroke="var(--soft)"/>`;
+  const band = `<rect x="${f.box.left}" width="${f.box.right - f.box.left}" y="${f.py(spread)}" height="${f.py(-spread) - f.py(spread)}" fill="var(--band)"/>`;
+  let extra = (spread ? band : "") + `<line x1="${f.box.left}" x2="${f.box.right}" y1="${f.py(0)}" y2="${f.py(0)}" stroke="var(--soft)"/>`;
   for (const run of runs) { const list = pairs(run.series[state.axis]);
     extra += `<path d="${path(list.map(p => p[0]), list.map(p => p[1]), f.px, f.py)}" fill="none" stroke="${color(run.index)}" stroke-width="1.8"/>` +
       list.map(([x, gap]) => marker(run.index, f.px(x), f.py(gap), 5)).join(""); }
