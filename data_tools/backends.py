@@ -10,8 +10,9 @@ first documents of the corpus itself; see `choose_backend`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -178,6 +179,20 @@ BACKENDS = {
 }
 
 
+@contextlib.contextmanager
+def panics_as(kind: type[Exception], name: str, remedy: str = "") -> Iterator[None]:
+    """Turns a panic of the library `name`, written in Rust, into an exception of the given kind.
+
+    PyO3 raises panics as PanicException, derived from BaseException and importable from nowhere.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{name} {version(name)} panicked ({_short(error)}){remedy}") from error
+
+
 def choose_backend(tokenizer: TokenizerFile, requested: str, documents: Iterable[str]) -> Backend:
     """The fastest encoder that agrees with `tokenizers` on `documents` and on texts chosen to be difficult.
 
@@ -194,11 +209,13 @@ def choose_backend(tokenizer: TokenizerFile, requested: str, documents: Iterable
         if name == "tokenizers":
             return backend
         try:
-            encoder = backend.load(tokenizer)
+            with panics_as(BackendUnavailable, name):
+                encoder = backend.load(tokenizer)
+                pairs = zip(texts, expected, strict=True)
+                wrong = next((text for text, ids in pairs if not np.array_equal(encoder.encode(text), ids)), None)
         except BackendUnavailable as reason:
             problem = str(reason)
         else:
-            wrong = next((text for text, ids in zip(texts, expected, strict=True) if not np.array_equal(encoder.encode(text), ids)), None)
             if wrong is None:
                 return backend
             problem = f"{name} disagrees with tokenizers on {_short(wrong)!r}"

@@ -9,5 +9,9 @@ class DataError(ValueError):
     """Bad input, a bad option, or an environment that stops the job (full disk)."""
 
 
+class InputChanged(DataError):
+    """The second pass over an input does not find the documents that the first one found."""
+
+
 class ManifestError(DataError):
     """A shards directory whose manifest is missing, damaged or does not describe what lies beside it."""

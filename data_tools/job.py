@@ -7,8 +7,8 @@
     OUTPUT/*.tar                    published shards
     OUTPUT/manifest.json            written last; with it the job is finished and .tokenize goes away
 
-Two identities: `job_digest` (contents and options) decides whether a finished output is the one that was asked for;
-`work_state` adds modification times and library versions, and decides whether journals may be used again.
+Two identities: `Job.digest` (contents and options) decides whether a finished output is the one that was asked for;
+job.json adds modification times and library versions, and decides whether journals may be used again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_tools.documents import Source
 from data_tools.errors import DataError, ManifestError
@@ -64,6 +64,7 @@ class Job:
         self.output = output
         self.work = output / WORK_FOLDER
         self.sources = sources
+        self.source_states = [_state(source.path) for source in sources]
         self.source_entries = [
             {"name": _printable(path), "bytes": path.stat().st_size, "fingerprint": fingerprint(path)}
             for path in (source.path for source in sources)
@@ -127,7 +128,7 @@ class Job:
 
         Only files that this command wrote are removed: the manifest, the tokenizer, shards by their names, journals.
         """
-        modified = [source.path.stat().st_mtime_ns for source in self.sources]
+        modified = [mtime_ns for mtime_ns, _ in self.source_states]
         state = {"digest": self.digest, "modified": modified, "versions": versions, "unit_bytes": unit_bytes}
         path = self.work / "job.json"
         found = _read_state(path) if path.is_file() else {}
@@ -148,9 +149,33 @@ class Job:
         for leftover in self.work.rglob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
 
+    def check_sources(self) -> None:
+        """Raises DataError when an input is not what it was when the job began: the passes would have read different documents.
+
+        The work done so far is given up, so that the same command can be run again.
+        """
+        for source, before in zip(self.sources, self.source_states, strict=True):
+            try:
+                changed = _state(source.path) != before
+            except OSError:
+                changed = True
+            if changed:
+                self.give_up(f"input {source.path} has changed while it was read")
+
+    def give_up(self, problem: str) -> NoReturn:
+        """Makes the next run start anew, because the journals are of no use. Raises DataError with the problem."""
+        (self.work / "job.json").unlink(missing_ok=True)
+        raise DataError(f"{problem}: run the same command again when nothing writes to the inputs any more")
+
     def finish(self) -> None:
         """Removes the work folder, after the manifest has been published."""
         shutil.rmtree(self.work)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Modification time in ns and size in bytes."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _printable(path: Path) -> str:

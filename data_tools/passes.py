@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.backends import BACKENDS
+from data_tools.backends import BACKENDS, panics_as
 from data_tools.documents import Reason, Rejected, Unit, describe, read_part
-from data_tools.errors import DataError
+from data_tools.errors import DataError, InputChanged
 from data_tools.files import AtomicFile
 from data_tools.manifest import SPLITS
 from data_tools.tokenizer import TokenizerFile
@@ -93,7 +94,7 @@ def hash_unit(task: HashTask) -> int:
 
 
 def tokenize_unit(task: TokenizeTask) -> int:
-    """Second pass. Returns the unit's bytes on disk. Raises DataError when the input is not what the hash pass read."""
+    """Second pass. Returns the unit's bytes on disk. Raises InputChanged when it does not find the hash pass's documents."""
     done = task.folder / f"{task.name}.npz"
     if read_journal(done) is not None:
         return task.unit.input_bytes
@@ -101,9 +102,13 @@ def tokenize_unit(task: TokenizeTask) -> int:
     files = [TokenFile(task.folder / f"{task.name}.{split}", task.dtype, task.tokenizer) for split in SPLITS]
     try:
         texts = (text for part in task.unit.parts for text in read_part(part, task.text_field))
-        for text, split in zip(texts, task.plan.tolist(), strict=True):
-            if split != DROPPED:
-                files[split].append(encoder.encode(text))
+        with panics_as(DataError, task.backend, "; pass another --backend"):
+            for text, split in itertools.zip_longest(texts, task.plan.tolist()):
+                if text is None or split is None or (split != DROPPED and isinstance(text, Rejected)):
+                    names = ", ".join(dict.fromkeys(str(part.source.path) for part in task.unit.parts))
+                    raise InputChanged(f"input {names} has changed between the two passes over it")
+                if split != DROPPED:
+                    files[split].append(encoder.encode(text))
         for file in files:
             file.commit()
     finally:

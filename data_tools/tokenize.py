@@ -25,7 +25,7 @@ import numpy as np
 from data_tools.backends import Backend, choose_backend
 from data_tools.dedup import Plan, plan_documents
 from data_tools.documents import UNIT_BYTES, Reason, Rejected, Unit, open_sources, plan_units, read_part
-from data_tools.errors import DataError
+from data_tools.errors import DataError, InputChanged
 from data_tools.files import write_atomically
 from data_tools.job import Job, TokenizeOptions
 from data_tools.manifest import (
@@ -84,8 +84,16 @@ def tokenize(
         backend = choose_backend(tokenizer, options.backend, _sample(units, options.text_field))
         job.prepare(backend.versions(), unit_bytes)
         with Workers(min(workers, max(len(units), 1))) as pool:
-            plan = _hash_pass(job, units, options, pool)
-            shards = _tokenize_pass(job, units, plan, tokenizer, options, backend, pool)
+            try:
+                plan = _hash_pass(job, units, options, pool)
+                job.check_sources()
+                shards = _tokenize_pass(job, units, plan, tokenizer, options, backend, pool)
+            except (DataError, OSError) as error:
+                job.check_sources()  # a change explains whatever else was found
+                if isinstance(error, InputChanged):
+                    job.give_up(str(error))
+                raise
+            job.check_sources()
         content = {
             "format_version": FORMAT_VERSION,
             "job": job.digest,

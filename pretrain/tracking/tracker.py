@@ -30,6 +30,8 @@ from pretrain.tracking.system import SystemSampler
 
 logger = logging.getLogger(__name__)
 
+KILLED_DRAIN_S = 5.0
+"""A process that was told to stop has little time: torchrun kills it 30 s after passing SIGTERM on, checkpoint included."""
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -147,7 +149,7 @@ class Tracker:
         self._journal.append(step, metrics)
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """End the run: give MLflow `drain_timeout_s` seconds to take the rest and the status, say what it did not take.
+        """End the run: give MLflow `drain_timeout_s` seconds (KILLED: at most 5) to take the rest and the status, say what it did not take.
 
         Raises nothing for MLflow, network or disk reasons, and leaves the exit code alone. Closing twice does nothing.
 
@@ -168,7 +170,10 @@ class Tracker:
             self._record.save(self._directory)
         except OSError as error:
             logger.warning("cannot write %s (%s): MLflow will not learn that the run is %s", self._directory / RECORD_NAME, error, status)
-        if self._shipping and not self._shipping.finish(self._config.drain_timeout_s):
+        drain_s = self._config.drain_timeout_s
+        if status == "KILLED":
+            drain_s = min(drain_s, KILLED_DRAIN_S)
+        if self._shipping and not self._shipping.finish(drain_s):
             report_rest(self._directory)
 
 

@@ -22,6 +22,8 @@ from data_tools.tokenize import tokenize
 
 ROOT = Path(data_tools.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SMALL = ("--block-tokens", 2000, "--shard-tokens", 8000, "--validation-fraction", "0.1")
+"""Options of `tokenize` for many blocks and shards; `job_options` are the same."""
 
 
 def command(*arguments: object) -> list[str]:

@@ -15,6 +15,7 @@ from data_tools import backends
 from data_tools.backends import BACKENDS, DIFFICULT_TEXTS, BackendUnavailable, GigatokenEncoder, TiktokenEncoder, choose_backend
 from data_tools.errors import DataError
 from data_tools.tokenizer import TokenizerFile, load_tokenizer
+from tests.data_tools.helpers import tokenize_here, write_jsonl
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -117,6 +118,50 @@ def test_an_encoder_that_disagrees_is_passed_over_with_a_warning(
     assert "warning: gigatoken disagrees with tokenizers on 'an unusual text'" in capsys.readouterr().err
     with pytest.raises(DataError, match="gigatoken disagrees with tokenizers"):
         choose_backend(loaded, "gigatoken", ["an unusual text"])
+
+
+class PanicException(BaseException):
+    """Stands in for PyO3's class of this name, which no module exports."""
+
+
+@pytest.mark.parametrize("moment", ["loading", "encoding"])
+def test_a_panic_makes_an_encoder_unavailable(tokenizer: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    class Panicking:
+        error: type[BaseException] = PanicException
+
+        def __init__(self, tokenizer_file: TokenizerFile) -> None:
+            if moment == "loading":
+                raise self.error("index out of bounds")
+
+        def encode(self, text: str) -> np.ndarray:
+            raise self.error("index out of bounds")
+
+    loaded = load_tokenizer(tokenizer)
+    monkeypatch.setitem(backends.BACKENDS, "gigatoken", backends.Backend("gigatoken", Panicking))
+    assert choose_backend(loaded, "auto", []).name == "tiktoken"
+    with pytest.raises(DataError, match=r"--backend gigatoken: .*panicked \(index out of bounds\); pass --backend auto"):
+        choose_backend(loaded, "gigatoken", [])
+    for error in (KeyboardInterrupt, SystemExit):
+        Panicking.error = error
+        with pytest.raises(error):
+            choose_backend(loaded, "auto", [])
+
+
+def test_a_panic_in_the_middle_of_a_corpus_is_an_error_in_words(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panicking(GigatokenEncoder):
+        def __init__(self, tokenizer_file: TokenizerFile) -> None:
+            super().__init__(tokenizer_file)
+            right = self.encode
+            self.encode = lambda text: right(text) if text != texts[-1] else self.panic()
+
+        def panic(self) -> None:
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setitem(backends.BACKENDS, "gigatoken", backends.Backend("gigatoken", Panicking))
+    with pytest.raises(DataError, match=r"gigatoken .*panicked \(index out of bounds\); pass another --backend"):
+        tokenize_here([write_jsonl(tmp_path / "c.jsonl", texts)], tokenizer, tmp_path / "out")
 
 
 def test_backends_that_are_not_installed(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,13 @@
-"""The job: what it writes, the same bytes for any number of workers, unit size and memory bound, after kills and restarts."""
+"""The job: what it writes, the same bytes for any number of workers, unit size and memory bound."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -22,7 +18,7 @@ from data_tools import dedup
 from data_tools.manifest import Manifest
 from data_tools.tokenize import tokenize
 from tests.data_tools.helpers import (
-    ENVIRONMENT,
+    SMALL,
     assert_clear_error,
     command,
     documents_of,
@@ -32,8 +28,6 @@ from tests.data_tools.helpers import (
     tokenize_here,
     write_jsonl,
 )
-
-SMALL = ("--block-tokens", 2000, "--shard-tokens", 8000, "--validation-fraction", "0.1")
 
 
 @pytest.fixture(scope="module")
@@ -195,129 +189,6 @@ def test_two_runs_at_once_and_foreign_folders(tmp_path: Path, tokenizer: Path, t
     finally:
         process.communicate()
     assert run(*arguments, tmp_path / "out").returncode == 0
-
-
-@pytest.fixture(scope="module")
-def many_inputs(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> list[Path]:
-    """A hundred files, each a unit, so that a job can be caught in the middle; every third document is a duplicate."""
-    folder = tmp_path_factory.mktemp("many")
-    generator = random.Random(1)
-    files = []
-    for index in range(100):
-        lines = [f"{index} {number} {generator.choice(texts)}" if number % 3 else texts[number] for number in range(24)]
-        files.append(write_jsonl(folder / f"{index:03d}.jsonl", lines))
-    return files
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, many_inputs: list[Path], tokenizer: Path) -> dict[str, bytes]:
-    """The output of the job over `many_inputs` when nothing happens to it."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    tokenize(many_inputs, tokenizer, output, job_options(backend="tokenizers"), workers=1)
-    return folder_bytes(output)
-
-
-def in_hash_pass(work: Path) -> bool:
-    return len(list(work.glob("hash/*.npz"))) >= 3
-
-
-def in_tokenization(work: Path) -> bool:
-    return len(list(work.glob("tokens/*.npz"))) >= 3
-
-
-def after_a_shard(work: Path) -> bool:
-    return len(list(work.glob("shards/train-*.json"))) >= 2
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("moment", [in_hash_pass, in_tokenization, after_a_shard])
-def test_killed_and_started_again(
-    tmp_path: Path,
-    tokenizer: Path,
-    many_inputs: list[Path],
-    undisturbed: dict[str, bytes],
-    moment: Callable[[Path], bool],
-    workers: int,
-) -> None:
-    output = tmp_path / "out"
-    arguments = (
-        "tokenize",
-        "--input",
-        *many_inputs,
-        "--tokenizer",
-        tokenizer,
-        "--output",
-        output,
-        "--backend",
-        "tokenizers",
-        "--unit-bytes",
-        20_000,
-        *SMALL,
-    )
-    process = subprocess.Popen(command(*arguments, "--workers", workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not moment(output / ".tokenize"):
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert not (output / "manifest.json").exists()
-    hashed, tokenized = len(list(output.glob(".tokenize/hash/*.npz"))), len(list(output.glob(".tokenize/tokens/*.npz")))
-    assert 0 < tokenized < 100 if moment is not in_hash_pass else 0 < hashed < 100 and tokenized == 0
-    assert psutil.wait_procs(children, timeout=20)[1] == [], "workers must not outlive a killed parent"
-
-    kept = {path: path.stat().st_mtime_ns for folder in ("hash", "tokens", "shards") for path in output.glob(f".tokenize/{folder}/*.npz")}
-    assert kept
-    # The second run is killed as well, once it has gone on, to see that it does not start anew.
-    process = subprocess.Popen(command(*arguments, "--workers", 3 - workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    while (output / ".tokenize").exists() and len(list(output.glob(".tokenize/*/*.npz"))) <= len(kept) + 1:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()} == (kept if (output / ".tokenize").exists() else {})
-
-    result = run(*arguments, "--workers", workers)
-    assert result.returncode == 0, result.stderr
-    assert folder_bytes(output) == undisturbed
-
-
-def test_work_files_that_the_machine_lost_are_made_again(
-    tmp_path: Path, tokenizer: Path, many_inputs: list[Path], undisturbed: dict[str, bytes]
-) -> None:
-    output = tmp_path / "out"
-    arguments = ("tokenize", "--input", *many_inputs, "--tokenizer", tokenizer, "--output", output, "--backend", "tokenizers")
-    arguments = (*arguments, "--unit-bytes", 20_000, *SMALL, "--workers", 1)
-    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    while not after_a_shard(output / ".tokenize"):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    next(output.glob(".tokenize/hash/*.npz")).write_bytes(b"")
-    for path in output.glob(".tokenize/tokens/*.validation"):
-        path.write_bytes(b"")
-    assert_clear_error(run(*arguments), ".validation was lost when the machine went down", "run the same command again")
-    assert run(*arguments).returncode == 0
-    assert folder_bytes(output) == undisturbed
-
-
-def test_an_interrupted_job_whose_input_changed_starts_over(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
-    corpus, output = write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "out"
-    tokenize_here([corpus], tokenizer, output)
-    expected = folder_bytes(output)
-    interrupted = tmp_path / "interrupted"
-    write_jsonl(corpus, texts[:20] + ["{broken"])
-    corpus.write_bytes(corpus.read_bytes()[:-3])
-    arguments = ("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", interrupted, "--workers", 1, *SMALL)
-    assert_clear_error(run(*arguments), "c.jsonl, line 21")
-    write_jsonl(corpus, texts)
-    assert_clear_error(run(*arguments), "unfinished job with other inputs", "--overwrite")
-    assert run(*arguments, "--overwrite").returncode == 0
-    assert folder_bytes(interrupted) == expected
 
 
 def test_the_manifest_is_readable_json_with_the_promised_fields(shards: Path, tokenizer: Path) -> None:

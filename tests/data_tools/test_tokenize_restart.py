@@ -1,0 +1,209 @@
+"""Jobs that are killed, whose work files are lost, or whose inputs change: what is kept, and the same bytes in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_tools import tokenize as tokenize_module
+from data_tools.errors import DataError
+from data_tools.tokenize import tokenize
+from tests.data_tools.helpers import (
+    ENVIRONMENT,
+    SMALL,
+    assert_clear_error,
+    command,
+    folder_bytes,
+    job_options,
+    run,
+    tokenize_here,
+    write_jsonl,
+)
+
+
+@pytest.fixture(scope="module")
+def many_inputs(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> list[Path]:
+    """A hundred files, each a unit, so that a job can be caught in the middle; every third document is a duplicate."""
+    folder = tmp_path_factory.mktemp("many")
+    generator = random.Random(1)
+    files = []
+    for index in range(100):
+        lines = [f"{index} {number} {generator.choice(texts)}" if number % 3 else texts[number] for number in range(24)]
+        files.append(write_jsonl(folder / f"{index:03d}.jsonl", lines))
+    return files
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, many_inputs: list[Path], tokenizer: Path) -> dict[str, bytes]:
+    """The output of the job over `many_inputs` when nothing happens to it."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    tokenize(many_inputs, tokenizer, output, job_options(backend="tokenizers"), workers=1)
+    return folder_bytes(output)
+
+
+def in_hash_pass(work: Path) -> bool:
+    return len(list(work.glob("hash/*.npz"))) >= 3
+
+
+def in_tokenization(work: Path) -> bool:
+    return len(list(work.glob("tokens/*.npz"))) >= 3
+
+
+def after_a_shard(work: Path) -> bool:
+    return len(list(work.glob("shards/train-*.json"))) >= 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("moment", [in_hash_pass, in_tokenization, after_a_shard])
+def test_killed_and_started_again(
+    tmp_path: Path,
+    tokenizer: Path,
+    many_inputs: list[Path],
+    undisturbed: dict[str, bytes],
+    moment: Callable[[Path], bool],
+    workers: int,
+) -> None:
+    output = tmp_path / "out"
+    arguments = (
+        "tokenize",
+        "--input",
+        *many_inputs,
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        output,
+        "--backend",
+        "tokenizers",
+        "--unit-bytes",
+        20_000,
+        *SMALL,
+    )
+    process = subprocess.Popen(command(*arguments, "--workers", workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not moment(output / ".tokenize"):
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (output / "manifest.json").exists()
+    hashed, tokenized = len(list(output.glob(".tokenize/hash/*.npz"))), len(list(output.glob(".tokenize/tokens/*.npz")))
+    assert 0 < tokenized < 100 if moment is not in_hash_pass else 0 < hashed < 100 and tokenized == 0
+    assert psutil.wait_procs(children, timeout=20)[1] == [], "workers must not outlive a killed parent"
+
+    kept = {path: path.stat().st_mtime_ns for folder in ("hash", "tokens", "shards") for path in output.glob(f".tokenize/{folder}/*.npz")}
+    assert kept
+    # The second run is killed as well, once it has gone on, to see that it does not start anew.
+    process = subprocess.Popen(command(*arguments, "--workers", 3 - workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while (output / ".tokenize").exists() and len(list(output.glob(".tokenize/*/*.npz"))) <= len(kept) + 1:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()} == (kept if (output / ".tokenize").exists() else {})
+
+    result = run(*arguments, "--workers", workers)
+    assert result.returncode == 0, result.stderr
+    assert folder_bytes(output) == undisturbed
+
+
+def test_work_files_that_the_machine_lost_are_made_again(
+    tmp_path: Path, tokenizer: Path, many_inputs: list[Path], undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("tokenize", "--input", *many_inputs, "--tokenizer", tokenizer, "--output", output, "--backend", "tokenizers")
+    arguments = (*arguments, "--unit-bytes", 20_000, *SMALL, "--workers", 1)
+    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while not after_a_shard(output / ".tokenize"):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    next(output.glob(".tokenize/hash/*.npz")).write_bytes(b"")
+    for path in output.glob(".tokenize/tokens/*.validation"):
+        path.write_bytes(b"")
+    assert_clear_error(run(*arguments), ".validation was lost when the machine went down", "run the same command again")
+    assert run(*arguments).returncode == 0
+    assert folder_bytes(output) == undisturbed
+
+
+def test_an_interrupted_job_whose_input_changed_starts_over(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
+    corpus, output = write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "out"
+    tokenize_here([corpus], tokenizer, output)
+    expected = folder_bytes(output)
+    interrupted = tmp_path / "interrupted"
+    write_jsonl(corpus, texts[:20] + ["{broken"])
+    corpus.write_bytes(corpus.read_bytes()[:-3])
+    arguments = ("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", interrupted, "--workers", 1, *SMALL)
+    assert_clear_error(run(*arguments), "c.jsonl, line 21")
+    write_jsonl(corpus, texts)
+    assert_clear_error(run(*arguments), "unfinished job with other inputs", "--overwrite")
+    assert run(*arguments, "--overwrite").returncode == 0
+    assert folder_bytes(interrupted) == expected
+
+
+@pytest.mark.parametrize("moment", ["_hash_pass", "_tokenize_pass"])
+def test_an_input_rewritten_during_a_pass_is_refused_and_a_second_run_works(
+    tmp_path: Path, tokenizer: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The same number of documents of the same lengths: only the file's time tells."""
+    corpus, output = write_jsonl(tmp_path / "c.jsonl", texts[:50]), tmp_path / "out"
+    other = [text.swapcase() for text in texts[:50]]
+    one_pass = getattr(tokenize_module, moment)
+
+    def rewritten_during(*arguments: object) -> object:
+        result = one_pass(*arguments)
+        write_jsonl(corpus, other)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module, moment, rewritten_during)
+        with pytest.raises(DataError, match=f"input {corpus} has changed while it was read: run the same command again"):
+            tokenize_here([corpus], tokenizer, output)
+    assert not (output / "manifest.json").exists()
+    (tmp_path / "other").mkdir()
+    expected = tokenize_here([write_jsonl(tmp_path / "other" / "c.jsonl", other)], tokenizer, tmp_path / "expected")
+    assert folder_bytes(tokenize_here([corpus], tokenizer, output).directory) == folder_bytes(expected.directory)
+
+
+LINE = b'{"id": 9, "text": "document 9"}'
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [LINE.replace(b"text", b"tuxt"), b" " * len(LINE), b'{"text": "a"}\n{"text": "b"}'.ljust(len(LINE)), None],
+    ids=["broken", "fewer", "more", "deleted"],
+)
+def test_other_documents_in_the_second_pass_are_an_error_in_words(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, instead: bytes | None
+) -> None:
+    """Size and time stay what they were, as on a file system with coarse times: the documents themselves tell."""
+    corpus, output = write_jsonl(tmp_path / "c.jsonl", [f"document {number}" for number in range(20)]), tmp_path / "out"
+    content, status = corpus.read_bytes(), corpus.stat()
+    tokenize_pass = tokenize_module._tokenize_pass
+
+    def after_a_change(*arguments: object) -> object:
+        if instead is None:
+            corpus.unlink()
+        else:
+            corpus.write_bytes(content.replace(LINE, instead))
+            os.utime(corpus, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return tokenize_pass(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module, "_tokenize_pass", after_a_change)
+        with pytest.raises(DataError, match=f"input {corpus} has changed .*: run the same command again"):
+            tokenize_here([corpus], tokenizer, output)
+    assert not (output / "manifest.json").exists()
+    corpus.write_bytes(content)
+    assert tokenize_here([corpus], tokenizer, output).content["filters"]["kept"] == 20
