@@ -103,7 +103,8 @@ def _draw_losses(panel: Any, runs: list[Run], series: dict[str, Series], entropy
     logged = max(len(run.history[TRAIN_LOSS].steps) for run in runs)
     size = points_per_mean(logged)
     line = f"line: training, mean of {size} logged points" if size > 1 else "line: training"
-    panel.annotate(f"{line}\nmarker: validation", (0.98, 0.86), xycoords="axes fraction", ha="right", va="top", color=GREY, fontsize=8.5)
+    # Losses fall from the upper left to the lower right, so this corner is free.
+    panel.annotate(f"{line}\nmarker: validation", (0.02, 0.03), xycoords="axes fraction", va="bottom", color=GREY, fontsize=8.5)
 
 
 def _draw_gaps(panel: Any, runs: list[Run], baseline: Run, spread: float | None) -> None:

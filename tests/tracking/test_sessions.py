@@ -54,7 +54,7 @@ def test_a_lost_record_is_begun_anew(tmp_path: Path, database_uri: str, journal_
             tracker.log({"model/parameters": 5.0}, 0)
         for step in steps:
             tracker.log({"train/loss": 1 / step, "train/lr": step * 1e-3}, step)
-        tracker.close("KILLED")
+        tracker.close()
         return tracker.is_new_run
 
     assert session(range(1, 8))

@@ -119,8 +119,8 @@ def test_what_cannot_be_settled(tmp_path: Path, database_uri: str, caplog: pytes
     wait_for(lambda: (live / "run_id").exists(), 60, "the run")
     assert not settle(config(database_uri), live)
     assert "being shipped by another process" in caplog.text and RunRecord.load(live).status == "RUNNING"
-    tracker.close("KILLED")
-    assert status(database_uri, live) == "KILLED"
+    tracker.close("FAILED")
+    assert status(database_uri, live) == "FAILED"
 
 
 def test_a_killed_run_that_is_started_anew_is_killed_in_mlflow(tmp_path: Path, database_uri: str) -> None:
