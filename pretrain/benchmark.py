@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-RUNS = ("dense", "qsparse", "bitnet", "bitnet_qsparse")
+from pretrain.quickstart import CONFIGS, RUNS, torchrun
+
 WARM_UP_ROUNDS = 3
 VOCABULARY = 1024
 
@@ -25,9 +26,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     options = parser.parse_args(args)
     if "WORLD_SIZE" not in os.environ:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.execv(sys.executable, [*launch, "-m", "pretrain.benchmark", *(sys.argv[1:] if args is None else args)])
+        os.execv(sys.executable, [*torchrun(options.processes), "-m", "pretrain.benchmark", *(sys.argv[1:] if args is None else args)])
     return measure(options)
 
 
@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> int:
     from pretrain.run import build_engine
     from pretrain.validate import Validated
 
-    configs = {name: parse(["--config", str(Path(__file__).parent / f"configs/tiny_{name}.yaml")]) for name in RUNS}
+    configs = {name: parse(["--config", str(CONFIGS / f"tiny_{name}.yaml")]) for name in RUNS}
     device = choose_device(options.device)
     groups.initialize(configs["dense"].parallel, device, seed=0)
     world = dist.get_world_size()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pretrain.quickstart import CONFIGS, data_commands
+from pretrain.quickstart import CONFIGS, data_commands, torchrun
 
 RUNS = ("qsparse", "bitnet_qsparse")
 STEPS = 20
@@ -48,7 +48,7 @@ def losses(folder: Path, name: str, device: str) -> list[float]:
     """Loss of each step of one process on one device."""
     run = folder / "runs" / f"{name}_{device}"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "pretrain.train"),
+        *(*torchrun(processes=1), "-m", "pretrain.train"),
         *("--config", str(CONFIGS / f"tiny_{name}.yaml"), "--data.path", str(folder / "shards"), "--output_dir", str(run)),
         *("--device", device, "--train.steps", str(STEPS), "--train.log_interval", "1", "--schedule.warmup_steps", "10"),
         *("--train.deterministic", "true", "--tracking.enabled", "false"),

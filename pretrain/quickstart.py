@@ -72,9 +72,13 @@ def run_commands(output: Path, processes: int, steps: int | None, uri: str) -> l
         if settled(flags):
             print(f"{run} is complete")
         else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            commands.append([*launcher, "-m", "pretrain.train", *flags])
+            commands.append([*torchrun(processes), "-m", "pretrain.train", *flags])
     return commands
+
+
+def torchrun(processes: int) -> list[str]:
+    """Start of a command line that runs a module in this many processes on this machine, on a free port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def settled(flags: list[str]) -> bool:
