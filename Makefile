@@ -1,7 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Both install what is missing into .venv first; `make install` does only that.
 #
 #   PYTHON=/path/to/python3.11   interpreter for .venv
-#   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Install")
+#   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Quickstart")
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)

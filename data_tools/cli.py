@@ -89,12 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=["auto", "u16", "u32"], default="auto", help="of the token ids (default: the smallest that holds the vocabulary)"
     )
     command.add_argument(
-        "--on-invalid",
-        choices=["error", "skip"],
-        default="error",
-        help="documents that are not UTF-8, not JSON or without text: stop, or count",
-    )
-    command.add_argument(
         "--block-tokens", type=_positive, default=1 << 20, help="tokens of a block, whole documents (default: %(default)s)"
     )
     command.add_argument(
@@ -134,6 +128,12 @@ def _add_input(command: argparse.ArgumentParser) -> None:
         "--input", type=Path, nargs="+", required=True, metavar="FILE", help="jsonl, txt, md, rst, parquet; .gz and .zst of all but parquet"
     )
     command.add_argument("--text-field", default="text", help="field of a jsonl object, or parquet column (default: %(default)s)")
+    command.add_argument(
+        "--on-invalid",
+        choices=["error", "skip"],
+        default="error",
+        help="documents that are not UTF-8, not JSON or without text: stop, or leave them out (default: %(default)s)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -173,7 +173,13 @@ def run_train_tokenizer(options: argparse.Namespace) -> int:
     from data_tools.tokenizer import load_tokenizer, train_tokenizer
 
     trained = train_tokenizer(
-        options.input, options.vocab_size, options.output, options.text_field, tuple(options.special_tokens), options.overwrite
+        options.input,
+        options.vocab_size,
+        options.output,
+        options.text_field,
+        tuple(options.special_tokens),
+        options.overwrite,
+        options.on_invalid,
     )
     tokenizer = load_tokenizer(options.output)
     state = "trained" if trained else "already there"

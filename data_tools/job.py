@@ -86,7 +86,9 @@ class Job:
         if (self.output / MANIFEST_NAME).is_file():
             return self._is_published(overwrite)
         if state.is_file():
-            if _read_state(state).get("digest") != self.digest and not overwrite:
+            # Nothing is lost with an attempt that wrote no shard, such as one that stopped at a bad document.
+            other = _read_state(state).get("digest") != self.digest
+            if other and any(self.output.glob("*.tar")) and not overwrite:
                 raise DataError(
                     f"{self.output} holds an unfinished job with other inputs or options: choose another --output or pass --overwrite"
                 )

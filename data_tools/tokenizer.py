@@ -88,12 +88,13 @@ def train_tokenizer(
     text_field: str = "text",
     special_tokens: tuple[str, ...] = (),
     overwrite: bool = False,
+    on_invalid: str = "error",
 ) -> bool:
     """Trains a byte-level BPE of `vocab_size` ids on the documents of `inputs` and writes it to the folder `output`.
 
     Special tokens get the first ids: end of document (0), then `special_tokens`. Returns False when the folder
     already holds the result of the same training. Raises DataError for bad input, and for a folder that holds
-    another tokenizer unless `overwrite`.
+    another tokenizer unless `overwrite`. on_invalid: "error", or "skip" to leave out documents that cannot be used.
     """
     specials = [END_OF_DOCUMENT, *(token for token in special_tokens if token != END_OF_DOCUMENT)]
     if vocab_size < 256 + len(specials):
@@ -104,6 +105,7 @@ def train_tokenizer(
         "vocab_size": vocab_size,
         "special_tokens": specials,
         "text_field": text_field,
+        "on_invalid": on_invalid,
         "sources": [{"name": source.path.name, "fingerprint": fingerprint(source.path)} for source in sources],
         "versions": {"tokenizers": version("tokenizers")},
     }
@@ -118,7 +120,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(_training_documents(sources, text_field), trainer)
+    tokenizer.train_from_iterator(_training_documents(sources, text_field, on_invalid), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         warn(f"the corpus supports {tokenizer.get_vocab_size()} ids, fewer than --vocab-size {vocab_size}; more text gives more")
     content = tokenizer.to_str(pretty=True).encode()
@@ -134,7 +136,7 @@ def train_tokenizer(
     return True
 
 
-def _training_documents(sources: list[Source], text_field: str) -> Iterator[str]:
+def _training_documents(sources: list[Source], text_field: str, on_invalid: str) -> Iterator[str]:
     units = plan_units(sources)
     documents = 0
     with Progress("train-tokenizer", sum(unit.input_bytes for unit in units)) as progress:
@@ -142,7 +144,9 @@ def _training_documents(sources: list[Source], text_field: str) -> Iterator[str]
             for part in unit.parts:
                 for text in read_part(part, text_field):
                     if isinstance(text, Rejected):
-                        raise DataError(describe(text, part, text_field))
+                        if on_invalid == "error":
+                            raise DataError(describe(text, part, text_field))
+                        continue
                     documents += bool(text)
                     yield text
             progress.update(unit.input_bytes)

@@ -6,8 +6,8 @@
         config.yaml     the resolved configuration
         files.json      size and sha256 of every file above; written last
 
-A directory without a correct files.json, or with a file of another size than it says, is not a checkpoint: it is skipped
-with a warning and the one before is used.
+A directory without a correct files.json, or with a file of another size or checksum than it says, is not a checkpoint: it is
+skipped with a warning and the one before is used.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class CheckpointDirectory:
         """
         published = self._published()
         for path in reversed(published):
-            problem = damage(path)
+            problem = damage(path, contents=True)
             if problem is None:
                 return path
             self.warn(f"{path} is not a complete checkpoint ({problem}); looking for the one before it")
@@ -81,27 +81,33 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
-def damage(path: Path) -> str | None:
-    """Why this directory is not a complete checkpoint; None where it is one. Compares sizes, not contents."""
+def damage(path: Path, contents: bool = False) -> str | None:
+    """Why this directory is not a complete checkpoint; None where it is one. contents: compare checksums, not only sizes."""
     try:
         listing = json.loads((path / FILES_NAME).read_text())["files"]
-        sizes = {name: expected["size"] for name, expected in listing.items()}
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listing.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{FILES_NAME}: {error}"
-    for name, expected in sizes.items():
+    for name, (expected_size, expected_sha256) in expected.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if size != expected:
-            return f"{name} has {size} bytes instead of {expected}"
+        if size != expected_size:
+            return f"{name} has {size} bytes instead of {expected_size}"
+        if contents and _sha256(path / name) != expected_sha256:
+            return f"{name} has other contents than when it was written"
     return None
 
 
 def _describe(path: Path) -> dict:
     _sync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -46,4 +46,7 @@ def kept(run: Validated) -> dict[str, list[int]]:
 
 def differences(saved: dict[str, object], here: dict[str, object]) -> list[str]:
     """One line for each value of the checkpoint that this run does not share; names that the checkpoint does not know are new."""
-    return [f"{name}: {value} in the checkpoint, {here.get(name)} now" for name, value in saved.items() if here.get(name) != value]
+    found = [name for name, value in saved.items() if here.get(name) != value]
+    # K follows from the settings: it is worth a line only where they are the same and it still differs.
+    named = [name for name in found if not name.startswith("kept.")] or found
+    return [f"{name}: {saved[name]} in the checkpoint, {here.get(name)} now" for name in named]

@@ -64,9 +64,6 @@ def run(validated: Validated) -> int:
     try:
         trainer.fit()
         status = "FINISHED" if trainer.finished else "KILLED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
     finally:
         if tracker is not None:
             tracker.close(status)

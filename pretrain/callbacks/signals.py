@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: finish the step, save a checkpoint, leave."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save a checkpoint, leave."""
 
 import signal
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from pretrain.trainer import Callback, StepReport, Trainer
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopOnSignal(Callback):
@@ -20,6 +20,7 @@ class StopOnSignal(Callback):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
+        # torchrun passes a terminal's Ctrl-C on, so that it comes twice; who cannot wait sends SIGQUIT.
         self.received = number
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:

@@ -147,9 +147,21 @@ def test_an_interrupted_job_whose_input_changed_starts_over(tmp_path: Path, toke
     arguments = ("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", interrupted, "--workers", 1, *SMALL)
     assert_clear_error(run(*arguments), "c.jsonl, line 21")
     write_jsonl(corpus, texts)
-    assert_clear_error(run(*arguments), "unfinished job with other inputs", "--overwrite")
-    assert run(*arguments, "--overwrite").returncode == 0
+    # It had written no shard, so nothing is lost and no --overwrite is asked for.
+    assert run(*arguments).returncode == 0
     assert folder_bytes(interrupted) == expected
+
+
+def test_the_advice_of_a_refused_document_works(tmp_path: Path, tokenizer: Path, texts: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", texts)
+    corpus.write_bytes(corpus.read_bytes() + b'{"text": "\xff"}\n')
+    commands = (
+        ("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out", "--workers", 1, *SMALL),
+        ("train-tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "trained"),
+    )
+    for command in commands:
+        assert_clear_error(run(*command), "not UTF-8", "--on-invalid skip")
+        assert run(*command, "--on-invalid", "skip").returncode == 0
 
 
 @pytest.mark.parametrize("moment", ["_hash_pass", "_tokenize_pass"])

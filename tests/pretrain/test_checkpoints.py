@@ -73,6 +73,16 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(directory, kind):
     assert directory.complete() == [older] and damage(older) is None
 
 
+def test_a_flipped_byte_in_the_one_to_load_is_found(directory):
+    older, newer = _publish(directory, 10), _publish(directory, 20)
+    victim = newer / "state" / "part_0.bin"
+    content = bytearray(victim.read_bytes())
+    content[3] ^= 1
+    victim.write_bytes(content)
+    assert directory.newest() == older
+    assert "part_0.bin has other contents" in directory.warn[0]
+
+
 def test_damaged_ones_do_not_push_out_complete_ones(directory):
     first = _publish(directory, 10)
     (_publish(directory, 20) / "trainer.json").unlink()
