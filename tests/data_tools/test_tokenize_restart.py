@@ -159,9 +159,9 @@ def test_the_advice_of_a_refused_document_works(tmp_path: Path, tokenizer: Path,
         ("tokenize", "--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out", "--workers", 1, *SMALL),
         ("train-tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path / "trained"),
     )
-    for command in commands:
-        assert_clear_error(run(*command), "not UTF-8", "--on-invalid skip")
-        assert run(*command, "--on-invalid", "skip").returncode == 0
+    for arguments in commands:
+        assert_clear_error(run(*arguments), "not UTF-8", "--on-invalid skip")
+        assert run(*arguments, "--on-invalid", "skip").returncode == 0
 
 
 @pytest.mark.parametrize("moment", ["_hash_pass", "_tokenize_pass"])
