@@ -1,10 +1,10 @@
 """Throughput of tokenization and of the reader on real text: `python -m data_tools.benchmark`.
 
-The text is every distinct .py file below this environment's site-packages (up to --megabytes), as jsonl. Tokenization
-is measured end to end in a process of its own, start-up, hash pass, verification of the encoder, shards and manifest
-included: MB (10^6 bytes) of UTF-8 text per CPU-second, user and system time of all its processes. The reader is
-measured in one process with a new dataset, so that computing the order is included, and each token is copied into an
-int64 batch; the shards are in the page cache.
+The text is every distinct .py file of this environment's site-packages and of the standard library (up to --megabytes),
+as jsonl. Tokenization is measured end to end in a process of its own, start-up, hash pass, verification of the encoder,
+shards and manifest included: MB (10^6 bytes) of UTF-8 text per CPU-second, user and system time of all its processes.
+The reader is measured in one process with a new dataset, so that computing the order is included, and each token is
+copied into an int64 batch; the shards are in the page cache.
 
 Prints one JSON object. Times on a shared machine are noisy: each figure is given for every repetition, interleaved with
 what reading and encoding alone achieve at that time.
@@ -27,12 +27,12 @@ MIN_BYTES = 64
 MAX_BYTES = 1_000_000
 
 
-def write_corpus(path: Path, root: Path, limit_bytes: int) -> int:
-    """Writes distinct UTF-8 .py files below `root` as jsonl. Returns the bytes of their text."""
+def write_corpus(path: Path, roots: list[Path], limit_bytes: int) -> int:
+    """Writes distinct UTF-8 .py files below `roots` as jsonl. Returns the bytes of their text."""
     seen = set()
     written = 0
     with open(path, "wb") as file:
-        for source in sorted(root.rglob("*.py")):
+        for source in (source for root in roots for source in sorted(root.rglob("*.py"))):
             content = source.read_bytes()
             digest = hashlib.sha256(content).digest()
             if not MIN_BYTES <= len(content) <= MAX_BYTES or digest in seen:
@@ -100,10 +100,11 @@ def measure_reader(shards: Path, sequence_length: int, micro_batch_size: int, nu
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.benchmark", description="Throughput of tokenization and of the reader.")
+    roots = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
     parser.add_argument(
-        "--root", type=Path, default=Path(sysconfig.get_path("purelib")), help="folder of .py files (default: site-packages)"
+        "--roots", type=Path, nargs="+", default=roots, help="folders of .py files (default: site-packages and the standard library)"
     )
-    parser.add_argument("--megabytes", type=int, default=200, help="of text (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=1000, help="of text (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts to measure (default: 1 2)")
     parser.add_argument("--repetitions", type=int, default=3, help="(default: %(default)s)")
@@ -111,8 +112,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text_bytes = write_corpus(folder / "corpus.jsonl", options.root, options.megabytes * 1_000_000)
-        write_corpus(folder / "sample.jsonl", options.root, 20_000_000)
+        text_bytes = write_corpus(folder / "corpus.jsonl", options.roots, options.megabytes * 1_000_000)
+        write_corpus(folder / "sample.jsonl", options.roots, 20_000_000)
         run_command(
             "train-tokenizer", "--input", folder / "sample.jsonl", "--vocab-size", str(options.vocab_size), "--output", folder / "tokenizer"
         )

@@ -31,6 +31,7 @@ from data_tools.progress import warn
 from data_tools.tokenizer import TokenizerFile
 
 WORK_FOLDER = ".tokenize"
+DOCUMENT_HASH = "xxh3-128"
 JOURNALS = ("hash", "tokens", "shards")
 
 
@@ -73,6 +74,7 @@ class Job:
             "format_version": FORMAT_VERSION,
             "tokenizer": tokenizer.sha256,
             "eod_id": tokenizer.eod_id,
+            "document_hash": DOCUMENT_HASH,
             "options": options.as_json(),
             "sources": self.source_entries,
         }

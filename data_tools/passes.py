@@ -4,7 +4,7 @@ Both leave their result in a file that appears only when it is complete, so a re
 unit's files hold depends on the unit alone. They are not flushed to the device: a file that the machine lost when it
 went down is noticed and made again.
 
-    hash/000012.npz     digests uint64 [num_documents, 2]: the first 128 bits of SHA-256 of each text (0 for rejected ones)
+    hash/000012.npz     digests uint64 [num_documents, 2]: XXH3-128 of each text (0 for rejected ones)
                         reasons uint8 [num_documents]: 0 or a documents.Reason
                         documents, text_bytes int64 [num_parts]: documents, and UTF-8 bytes of the texts, of each part
     tokens/000012.npz   for each split the documents' lengths in tokens, uint32 [num_documents]
@@ -13,7 +13,6 @@ went down is noticed and made again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import zipfile
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data_tools.backends import BACKENDS, panics_as
 from data_tools.documents import Reason, Rejected, Unit, describe, read_part
@@ -78,7 +78,7 @@ def hash_unit(task: HashTask) -> int:
             else:
                 content = text.encode()
                 size += len(content)
-                digests.append(hashlib.sha256(content).digest()[:16])
+                digests.append(xxhash.xxh3_128_digest(content))
                 reasons.append(0)
         documents.append(len(reasons) - first)
         text_bytes.append(size)

@@ -111,7 +111,7 @@ def test_stats(shards: Path) -> None:
 def test_inspect(shards: Path, texts: list[str]) -> None:
     documents = run("inspect", shards, "--count", 2, "--characters", 5000).stdout
     assert documents.count("--- train document") == 2
-    assert texts[0].strip()[:200] in documents
+    assert sum(text.strip()[:200] in documents for text in texts if len(text) > 300) == 2
     tail = run("inspect", shards, "--split", "validation", "--sequence-length", 32, "--count", 1000, "--start", 3).stdout
     assert "--- validation sample 3 of" in tail
     assert "<|endoftext|>" in tail, "samples run over the ends of documents"

