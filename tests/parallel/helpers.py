@@ -7,6 +7,7 @@ Sharding is written down here a second time, independently of the library: a par
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -47,13 +48,13 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
 
 
 @contextlib.contextmanager
-def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterator[ParallelConfig]:
+def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
     from megatron_qsparse.parallel import groups
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert)
     groups.initialize(parallel, CPU, seed=0)
     try:
         yield parallel
@@ -73,13 +74,16 @@ def one_process() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def build(variant: str, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, recompute: bool = False):
+def build(
+    variant: str, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, recompute: bool = False, layers: int = 2
+):
     """This rank's part of a variant, with the library's own initial weights."""
     from megatron_qsparse.models.gpt import build_model
 
     model, qsparse, bitnet = VARIANTS[variant]
     return build_model(
-        model, qsparse, bitnet, parallel, sequence_length=SEQUENCE, dtype=dtype, seed=seed, device=CPU, recompute=recompute
+        replace(model, num_layers=layers), qsparse, bitnet, parallel, sequence_length=SEQUENCE, dtype=dtype, seed=seed, device=CPU,
+        recompute=recompute,
     )  # fmt: skip
 
 

@@ -1,15 +1,12 @@
 """Short training runs of small models, described by a `Case`, and the same by plain torch.optim.AdamW."""
 
-import contextlib
 import functools
 import gc
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 
-from tests.parallel.helpers import SEQUENCE, build, gather, layout, tokens
+from tests.parallel.helpers import SEQUENCE, build, gather, layout, load, tokens
 
 GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-4
 UNTIED_TWIN = {"tied_bitnet_subln": "bitnet_groups_subln"}
@@ -25,11 +22,11 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    expert: int = 1
     stage: int = 1
     steps: int = 3
     recompute: bool = False
-    without_reset: bool = False
-    """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
+    layers: int = 2
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
@@ -44,13 +41,15 @@ class History:
     """How often ternary codes were made."""
 
 
-def make_engine(case: Case, parallel):
-    """The library's engine, with the gradient clipped at 1."""
+def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = None, clip: float = 1.0):
+    """The library's engine; from the library's own initial weights where none are given."""
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
-    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
-    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
+    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
+    if weights is not None:
+        load(model, weights)
+    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=clip)
     return ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
 
 
@@ -63,22 +62,22 @@ def _freeze_libraries() -> None:
     gc.freeze()
 
 
-def micro_batches(step: int) -> list[torch.Tensor]:
+def micro_batches(step: int, samples: int = GLOBAL_BATCH) -> list[torch.Tensor]:
     """This data-parallel rank's part of the global batch of a step."""
     from megatron.core import parallel_state
 
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(tokens(GLOBAL_BATCH, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
+    return list(tokens(samples, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
 
 
-def take_step(engine, step: int, lr: float = LR):
-    batches = micro_batches(step)
+def take_step(engine, step: int, lr: float = LR, samples: int = GLOBAL_BATCH):
+    batches = micro_batches(step, samples)
     return engine.train_step(iter(batches), len(batches), lr, DECAY)
 
 
 def train(case: Case) -> History:
     """Collective over the world."""
-    with layout(case.tensor, case.pipeline, case.sequence) as parallel, _without_reset(case.without_reset):
+    with layout(case.tensor, case.pipeline, case.sequence, case.expert) as parallel:
         engine = make_engine(case, parallel)
         results = [take_step(engine, 0)]
         weights = gather(engine.model)
@@ -87,16 +86,8 @@ def train(case: Case) -> History:
 
 
 def train_all(rank: int, cases: list[Case]) -> dict[Case, History]:
-    """For `run_distributed`."""
+    """For a `Pool`."""
     return {case: train(case) for case in cases}
-
-
-@contextlib.contextmanager
-def _without_reset(wanted: bool) -> Iterator[None]:
-    from megatron_qsparse.parallel.schedule import ScheduledModel
-
-    with mock.patch.object(ScheduledModel, "_before_backward", lambda self, grad: None) if wanted else contextlib.nullcontext():
-        yield
 
 
 def train_plainly(rank: int, cases: list[Case]) -> dict[Case, History]:

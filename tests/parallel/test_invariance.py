@@ -1,0 +1,110 @@
+"""One model, whatever the layout: from the reference's checkpoints every layout takes the reference's steps.
+
+For each pair of a variant and a layout in `table`: load what one process saved, take one step with the real engine, compare
+loss, gradient norm, every gradient, every weight after the step, Adam's count, every mask entry and every code. See
+`teacher` for how, `comparison` for the tolerances, CONTRIBUTING.md for how to add a row.
+"""
+
+import pytest
+import torch
+
+from tests.parallel.comparison import Comparison
+from tests.parallel.faults import against_reference_with
+from tests.parallel.helpers import layout
+from tests.parallel.table import FAULTS, FREE_LOSS, FREE_STEPS, LAYERS, Pair, all_pairs, free_pairs, pairs
+from tests.parallel.teacher import against_reference, traced_step, write_reference
+from tests.parallel.training import Case, History, make_engine, train_all
+
+QUICK = pairs()
+
+
+@pytest.fixture(scope="module")
+def reference(pool, tmp_path_factory):
+    """Folder of the reference's checkpoints and traces of a variant; made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("references"), {}
+
+    def folder(pair: Pair):
+        case = Case(pair.variant, pair.precision, layers=LAYERS)
+        if case not in made:
+            made[case] = root / f"{pair.variant}-{pair.precision}"
+            pool.run(write_reference, 1, made[case], case)
+        return made[case]
+
+    return folder
+
+
+def _problems(comparisons: list[Comparison]) -> list[str]:
+    return [problem for comparison in comparisons for problem in comparison.problems()]
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(pair, id=str(pair), marks=[] if pair in QUICK else pytest.mark.matrix) for pair in all_pairs()]
+)
+def test_a_layout_takes_the_steps_of_one_process(pool, reference, invariance_table, pair):
+    comparisons = pool.run(against_reference, pair.ranks, reference(pair), pair.case(), pair.following)[0]
+    invariance_table.pair(pair, comparisons)
+    assert not _problems(comparisons), f"{pair}\n" + "\n".join(_problems(comparisons))
+
+
+@pytest.mark.parametrize(("mistake", "pair"), FAULTS, ids=str)
+def test_the_same_comparison_finds(pool, reference, invariance_table, mistake, pair):
+    assert pair in QUICK, "without the mistake this pair must be seen to pass"
+    arguments = (reference(pair), pair.case(), pair.following)
+    problems = _problems(pool.run(against_reference_with, pair.ranks, mistake, *arguments)[0])
+    invariance_table.fault(mistake, pair, problems)
+    assert problems
+
+
+def _train(pool, ranks: int, case: Case) -> History:
+    return pool.run(train_all, ranks, [case])[0][case]
+
+
+@pytest.fixture(scope="module")
+def free_reference(pool):
+    """Eight steps of one process."""
+    made: dict[str, History] = {}
+
+    def history(variant: str) -> History:
+        if variant not in made:
+            made[variant] = _train(pool, 1, Case(variant, layers=LAYERS, steps=FREE_STEPS))
+        return made[variant]
+
+    return history
+
+
+@pytest.mark.parametrize("pair", free_pairs(), ids=str)
+def test_eight_steps_on_its_own_end_where_one_process_ends(pool, free_reference, invariance_table, pair):
+    """Without int8 and ternary rounding, whose near-ties would flip sooner or later."""
+    expected = free_reference(pair.variant)
+    found = _train(pool, pair.ranks, pair.case(steps=FREE_STEPS))
+    losses = (torch.tensor(found.losses) - torch.tensor(expected.losses)).abs()
+    invariance_table.free(pair, losses.max().item())
+    assert losses.max() <= FREE_LOSS, f"{pair}: losses differ by {[f'{loss:.1e}' for loss in losses]}"
+    assert found.losses[0] - found.losses[-1] > 0.01, "nothing was learned"
+
+
+def _two_micro_batches(rank: int, case: Case) -> dict:
+    """The first step of a batch of two samples without clipping, which would divide by a norm summed in another order."""
+    outputs: dict[str, list[torch.Tensor]] = {}
+    with layout() as parallel:
+        engine = make_engine(case, parallel, clip=0.0)
+        for module in engine.model.modules():
+            if hasattr(module, "settings") and not module.input_is_sharded:
+                seen = outputs.setdefault(module.settings.name, [])
+                module.register_forward_hook(lambda module, inputs, result, seen=seen: seen.append(result[0].detach().clone()))
+        trace = traced_step(engine, seed=0, samples=2)
+    return {"trace": trace, "outputs": outputs}
+
+
+@pytest.mark.parametrize("variant", ["bitnet", "bitnet_groups_subln", "one_kv_head"])
+def test_data_parallel_ranks_keep_every_bit_of_bitnet(pool, variant):
+    """Each rank has one of the two micro-batches; tests/layers/test_linears.py holds the same for tensor parallelism."""
+    case = Case(variant, layers=LAYERS)
+    [one], two = pool.run(_two_micro_batches, 1, case), pool.run(_two_micro_batches, 2, case)
+    assert one["outputs"]
+    for name, samples in one["outputs"].items():
+        assert all(torch.equal(sample, rank["outputs"][name][0]) for sample, rank in zip(samples, two, strict=True)), name
+    for what in ("gradients", "alphas"):
+        expected, found = getattr(one["trace"], what), getattr(two[0]["trace"], what)
+        assert expected.keys() == found.keys() and not two[0]["trace"].differing
+        assert all(torch.equal(found[name], tensor) and tensor.any() for name, tensor in expected.items()), what
