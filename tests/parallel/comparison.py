@@ -77,11 +77,13 @@ class Comparison:
             found += [
                 f"{what}: differs by {difference:.1e}, more than {limit}"
                 for what, difference, limit in (
-                    ("loss", self.loss, LOSS), ("gradient norm", self.norm, NORM), (f"gradient of {self.gradient[1]}", self.gradient[0], TENSOR),
+                    ("loss", self.loss, LOSS),
+                    ("gradient norm", self.norm, NORM),
+                    (f"gradient of {self.gradient[1]}", self.gradient[0], TENSOR),
                     (f"weight {self.weight[1]} after the step", self.weight[0], TENSOR),
                 )
                 if not difference <= limit
-            ]  # fmt: skip
+            ]
         return [f"{self.step}: {problem}" for problem in found]
 
 

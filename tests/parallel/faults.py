@@ -9,10 +9,11 @@ from tests.parallel.comparison import Comparison
 from tests.parallel.teacher import against_reference
 
 
-def against_reference_with(rank: int, mistake: str, *args) -> list[Comparison]:
-    """`against_reference(rank, *args)` by a library that makes the mistake."""
+def against_reference_with(rank: int, mistake: str | None, *args) -> list[list[Comparison]]:
+    """`against_reference(rank, *args)` by a library that makes the mistake, if any."""
     with pytest.MonkeyPatch.context() as patch:
-        MISTAKES[mistake](patch)
+        if mistake is not None:
+            MISTAKES[mistake](patch)
         return against_reference(rank, *args)
 
 

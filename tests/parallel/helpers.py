@@ -5,6 +5,7 @@ Sharding is written down here a second time, independently of the library: a par
 """
 
 import contextlib
+import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +48,11 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
 }
 
 
+ENGINES: list = []
+"""Made in the present layout. DeepSpeed's gradient hooks make cycles that Python cannot see: unless an engine is destroyed, it
+lives on, and with it all process groups of its model, each with its sockets and threads."""
+
+
 @contextlib.contextmanager
 def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
@@ -59,6 +65,8 @@ def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: i
     try:
         yield parallel
     finally:
+        while ENGINES:
+            ENGINES.pop().engine.destroy()
         parallel_state.destroy_model_parallel()
 
 
@@ -119,8 +127,27 @@ def cut(whole: torch.Tensor, param: torch.nn.Parameter, rank: int, ranks: int) -
     return torch.cat([half.chunk(ranks, dim=dim)[rank] for half in whole.chunk(param.partition_stride, dim=dim)], dim=dim)
 
 
-def gather(model, pick=lambda param: param.detach(), differing: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """`pick(param)` of every parameter of the whole model, by global name, on every rank.
+def reports(mine, everywhere: bool = True) -> list:
+    """`mine` of every rank, in their order; with `everywhere` False on rank 0 only, and nothing elsewhere.
+
+    Packed by torch.save: pickling tensors one by one costs half a millisecond each.
+    """
+    buffer, packed = io.BytesIO(), [None] * dist.get_world_size()
+    torch.save(mine, buffer)
+    if everywhere:
+        dist.all_gather_object(packed, buffer.getvalue())
+    elif dist.get_rank() == 0:
+        dist.gather_object(buffer.getvalue(), packed)
+    else:
+        dist.gather_object(buffer.getvalue())
+        return []
+    return [torch.load(io.BytesIO(report), weights_only=False) for report in packed]
+
+
+def gather(
+    model, pick=lambda param: param.detach(), differing: list[str] | None = None, everywhere: bool = True
+) -> dict[str, torch.Tensor]:
+    """`pick(param)` of every parameter of the whole model, by global name; where, see `reports`.
 
     Replicas must be equal bit for bit; with `differing` the names of those that are not are appended to it instead.
     """
@@ -131,13 +158,12 @@ def gather(model, pick=lambda param: param.detach(), differing: list[str] | None
         name: (getattr(p, "tensor_model_parallel", False), getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1))
         for name, p in global_names(model).items()
     }
-    reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (*here, kinds))
+    everyone = reports((*here, kinds), everywhere)
     whole: dict[str, torch.Tensor] = {}
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    for name in {name for _, named, _ in reports for name in named}:
+    for name in {name for _, named, _ in everyone for name in named}:
         shards: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
-        for rank, named, all_kinds in reports:
+        for rank, named, all_kinds in everyone:
             if name in named:
                 shards[rank].append(named[name])
                 split, dim, stride = all_kinds[name]

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
+
+from tests.parallel.helpers import reports
 
 
 @dataclass
@@ -50,14 +51,10 @@ class Recorder:
 
         stacked = {key: tuple(torch.stack(parts) for parts in zip(*pieces, strict=True)) for key, pieces in self.pieces.items()}
         mine = (parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank(), stacked, self.places)
-        reports = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, reports)
-        if reports is None:
-            return {}
         # Ranks are ordered by tensor-, then data-, then pipeline-parallel rank: later stages append later layers.
         found: dict[tuple[str, str], dict[int, list]] = {}
         places = {}
-        for data, _, pieces, theirs in reports:
+        for data, _, pieces, theirs in reports(mine, everywhere=False):
             places |= theirs
             for key, tensors in pieces.items():
                 found.setdefault(key, {}).setdefault(data, []).append(tensors)

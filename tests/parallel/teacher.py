@@ -1,19 +1,19 @@
 """Teacher forcing: a reference run writes checkpoints, and each layout loads them and takes one step as the reference did."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from tests.parallel.comparison import Comparison, Trace, compare
-from tests.parallel.helpers import build, gather, global_names, layout
+from tests.parallel.helpers import build, gather, global_names, layout, reports
 from tests.parallel.recording import recording
 from tests.parallel.training import GLOBAL_BATCH, Case, make_engine, take_step
 
 AFTER = (1, 3)
 """Updates done when the reference writes a checkpoint: moments of one update, and of several."""
 BATCHES = 4
-"""Global batches tried from each checkpoint until one has no flip: a near-tie that flips moves everything after it, legitimately."""
+"""Global batches tried from a checkpoint until one has no flip: a near-tie that flips moves everything after it, legitimately."""
 
 
 def whole_weights(variant: str, layers: int = 2) -> dict[str, torch.Tensor]:
@@ -37,26 +37,26 @@ def whole_weights(variant: str, layers: int = 2) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_reference(rank: int, root: Path, case: Case) -> None:
-    """Train alone; write checkpoints, and from each the traces of two consecutive steps for every batch."""
+def write_reference(rank: int, root: Path, case: Case, batch: int, following: bool) -> None:
+    """Train alone and write checkpoints, unless they are there; then the traces of the steps from each of them."""
     from megatron_qsparse.parallel import checkpoint
 
     with layout() as parallel:
         engine = make_engine(case, parallel, whole_weights(case.variant, case.layers))
-        for updates in range(max(AFTER) + 1):
+        for updates in range(max(AFTER) + 1) if not root.exists() else ():
+            if updates:
+                take_step(engine, updates)
             if updates in AFTER:
                 _state(root, updates).mkdir(parents=True)
                 checkpoint.save(engine, _state(root, updates))
-            take_step(engine, updates)
         for updates in AFTER:
-            for batch in range(BATCHES):
-                checkpoint.load(engine, _state(root, updates))
-                for following in (False, True):
-                    torch.save(traced_step(engine, _seed(updates, batch, following)), _trace(root, updates, batch, following))
+            checkpoint.load(engine, _state(root, updates))
+            for later in range(1 + following):
+                torch.save(traced_step(engine, _seed(updates, batch, later)), _trace(root, updates, batch, later))
 
 
-def against_reference(rank: int, root: Path, case: Case, following: bool = False) -> list[Comparison]:
-    """The reference's steps in this layout, from its checkpoints; for each the batches up to the first one without a flip.
+def against_reference(rank: int, root: Path, case: Case, after: Iterable[int], batch: int, following: bool) -> list[list[Comparison]]:
+    """The reference's steps in this layout, from the checkpoints after so many updates; on rank 0, elsewhere nothing.
 
     following: compare the next step too, which starts from this layout's own weights.
     """
@@ -65,53 +65,45 @@ def against_reference(rank: int, root: Path, case: Case, following: bool = False
     found = []
     with layout(case.tensor, case.pipeline, case.sequence, case.expert) as parallel:
         engine = make_engine(case, parallel)
-        for updates in AFTER:
-            for batch in range(BATCHES):
-                checkpoint.load(engine, _state(root, updates))
-                steps = [_compare(engine, root, updates, batch, later) for later in ((False, True) if following else (False,))]
-                found += steps
-                if not any(step.flips for step in steps):
-                    break
-            else:
-                found[-1].unexplained.append(f"none of {BATCHES} batches is without a flip")
+        for updates in after:
+            checkpoint.load(engine, _state(root, updates))
+            traces = [traced_step(engine, _seed(updates, batch, later)) for later in range(1 + following)]
+            if rank == 0:
+                expected = [torch.load(_trace(root, updates, batch, later), weights_only=False) for later in range(1 + following)]
+                names = [f"step {updates + 1 + later} of batch {batch}" for later in range(1 + following)]
+                found.append([compare(*step) for step in zip(names, expected, traces, strict=True)])
     return found
-
-
-def _compare(engine, root: Path, updates: int, batch: int, following: bool) -> Comparison:
-    trace = traced_step(engine, _seed(updates, batch, following))
-    found = [None]
-    if dist.get_rank() == 0:
-        reference = torch.load(_trace(root, updates, batch, following), weights_only=False)
-        found = [compare(f"step {updates + 1 + following}, batch {batch}", reference, trace)]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def _state(root: Path, updates: int) -> Path:
     return root / f"after{updates}"
 
 
-def _trace(root: Path, updates: int, batch: int, following: bool) -> Path:
-    return root / f"after{updates}-batch{batch}{'-next' * following}.pt"
+def _trace(root: Path, updates: int, batch: int, later: int) -> Path:
+    return root / f"after{updates}-batch{batch}-{later}.pt"
 
 
-def _seed(updates: int, batch: int, following: bool) -> int:
-    return 100 * updates + 2 * batch + following
+def _seed(updates: int, batch: int, later: int) -> int:
+    return 100 * updates + 2 * batch + later
 
 
 def traced_step(engine, seed: int, samples: int = GLOBAL_BATCH) -> Trace:
-    """One training step; collective, whole tensors of all ranks."""
-    from megatron_qsparse.parallel.checkpoint import _adam_step
-
+    """One training step. Collective; rank 0 has the whole tensors of all ranks, the others a trace without any."""
     differing: list[str] = []
     with recording(engine.model) as recorder, _kept_gradients(engine):
         result = take_step(engine, seed, samples=samples)
         trace = Trace(
             result.loss, result.grad_norm, optimizer_tensors(engine, "gradient", differing), optimizer_tensors(engine, None, differing),
-            _adam_step(engine), _alphas(engine.model), {}, differing,
+            _updates(engine), _alphas(engine.model), {}, differing,
         )  # fmt: skip
     trace.choices = recorder.joined(differing)
     return trace
+
+
+def _updates(engine) -> int:
+    """AdamW's count, the same for all its tensors."""
+    [count] = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    return count
 
 
 class _kept_gradients:
@@ -136,7 +128,7 @@ class _kept_gradients:
 
 
 def optimizer_tensors(engine, kind: str | None, differing: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """fp32 tensors of the optimizer by parameter, whole: master weights (None), "exp_avg", "exp_avg_sq" or "gradient"."""
+    """fp32 tensors of the optimizer by parameter, whole, on rank 0: master weights (None), "exp_avg", "exp_avg_sq" or "gradient"."""
     from megatron_qsparse.compat import deepspeed
 
     utils = deepspeed.load().utils
@@ -148,13 +140,12 @@ def optimizer_tensors(engine, kind: str | None, differing: list[str] | None = No
         full = utils.safe_get_full_fp32_param(param) if kind is None else utils.safe_get_full_optimizer_state(param, kind)
         return full.view(getattr(param, "ds_shape", param.shape))
 
-    return gather(engine.model, pick, differing)
+    return gather(engine.model, pick, differing, everywhere=False)
 
 
 def _alphas(model) -> dict[str, torch.Tensor]:
     """Rows of one rank may belong to several matrices; as sets they are comparable across layouts."""
     mine = {m.settings.name: m.ternary.alpha for m in model.modules() if getattr(m, "ternary", None) is not None}
-    reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
-    names = {name for report in reports for name in report}
-    return {name: torch.cat([report[name] for report in reports if name in report]).unique() for name in names}
+    everyone = reports(mine, everywhere=False)
+    names = {name for report in everyone for name in report}
+    return {name: torch.cat([report[name] for report in everyone if name in report]).unique() for name in names}

@@ -12,7 +12,7 @@ from tests.parallel.comparison import Comparison
 from tests.parallel.faults import against_reference_with
 from tests.parallel.helpers import layout
 from tests.parallel.table import FAULTS, FREE_LOSS, FREE_STEPS, LAYERS, Pair, all_pairs, free_pairs, pairs
-from tests.parallel.teacher import against_reference, traced_step, write_reference
+from tests.parallel.teacher import AFTER, BATCHES, traced_step, write_reference
 from tests.parallel.training import Case, History, make_engine, train_all
 
 QUICK = pairs()
@@ -20,17 +20,32 @@ QUICK = pairs()
 
 @pytest.fixture(scope="module")
 def reference(pool, tmp_path_factory):
-    """Folder of the reference's checkpoints and traces of a variant; made when it is first asked for."""
-    root, made = tmp_path_factory.mktemp("references"), {}
+    """Folder of the reference's checkpoints, and of its traces with a batch; made when they are first asked for."""
+    root, made = tmp_path_factory.mktemp("references"), set()
 
-    def folder(pair: Pair):
-        case = Case(pair.variant, pair.precision, layers=LAYERS)
-        if case not in made:
-            made[case] = root / f"{pair.variant}-{pair.precision}"
-            pool.run(write_reference, 1, made[case], case)
-        return made[case]
+    def folder(pair: Pair, batch: int):
+        case, path = Case(pair.variant, pair.precision, layers=LAYERS), root / f"{pair.variant}-{pair.precision}"
+        if (case, batch) not in made:
+            following = any(other.following for other in QUICK if (other.variant, other.precision) == (pair.variant, pair.precision))
+            pool.run(write_reference, 1, path, case, batch, following)
+            made.add((case, batch))
+        return path
 
     return folder
+
+
+def _compared(pool, reference, pair: Pair, mistake: str | None = None) -> list[Comparison]:
+    """The steps from all checkpoints, each with one batch after the other up to the first one without a flip."""
+    found, pending = [], AFTER
+    for batch in range(BATCHES):
+        arguments = (mistake, reference(pair, batch), pair.case(), pending, batch, pair.following)
+        steps = pool.run(against_reference_with, pair.ranks, *arguments)[0]
+        found += [step for after in steps for step in after]
+        pending = [updates for updates, after in zip(pending, steps, strict=True) if any(step.flips for step in after)]
+        if not pending:
+            return found
+    found[-1].unexplained.append(f"none of {BATCHES} batches is without a flip")
+    return found
 
 
 def _problems(comparisons: list[Comparison]) -> list[str]:
@@ -41,7 +56,7 @@ def _problems(comparisons: list[Comparison]) -> list[str]:
     "pair", [pytest.param(pair, id=str(pair), marks=[] if pair in QUICK else pytest.mark.matrix) for pair in all_pairs()]
 )
 def test_a_layout_takes_the_steps_of_one_process(pool, reference, invariance_table, pair):
-    comparisons = pool.run(against_reference, pair.ranks, reference(pair), pair.case(), pair.following)[0]
+    comparisons = _compared(pool, reference, pair)
     invariance_table.pair(pair, comparisons)
     assert not _problems(comparisons), f"{pair}\n" + "\n".join(_problems(comparisons))
 
@@ -49,8 +64,7 @@ def test_a_layout_takes_the_steps_of_one_process(pool, reference, invariance_tab
 @pytest.mark.parametrize(("mistake", "pair"), FAULTS, ids=str)
 def test_the_same_comparison_finds(pool, reference, invariance_table, mistake, pair):
     assert pair in QUICK, "without the mistake this pair must be seen to pass"
-    arguments = (reference(pair), pair.case(), pair.following)
-    problems = _problems(pool.run(against_reference_with, pair.ranks, mistake, *arguments)[0])
+    problems = _problems(_compared(pool, reference, pair, mistake))
     invariance_table.fault(mistake, pair, problems)
     assert problems
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.parallel.helpers import SEQUENCE, build, gather, layout, load, tokens
+from tests.parallel.helpers import ENGINES, SEQUENCE, build, gather, layout, load, tokens
 
 GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-4
 UNTIED_TWIN = {"tied_bitnet_subln": "bitnet_groups_subln"}
@@ -50,7 +50,9 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
     if weights is not None:
         load(model, weights)
     adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=clip)
-    return ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
+    engine = ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
+    ENGINES.append(engine)
+    return engine
 
 
 @functools.cache
