@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megatron_qsparse.compat import deepspeed
+from megatron_qsparse.models.accounting import GATHERED_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class PartitionSettings:
 
     persistence_threshold: int = 100_000
     """A parameter of at most so many elements (norms) stays whole on every rank."""
-    reuse_distance: int = 1_000_000_000
+    reuse_distance: int = GATHERED_ELEMENTS
     """A weight that is needed again before so many other elements were used is not released in between."""
     prefetch: int = 50_000_000
     """Elements gathered ahead of the module that needs them."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.parallel.helpers import gather, layout
+from tests.parallel.helpers import layout
 from tests.parallel.test_zero import label
 from tests.parallel.training import Case, History, make_engine, micro_batches, take_step, train_all
 
