@@ -51,14 +51,39 @@ def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterat
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
-    from megatron_qsparse.parallel import groups
-
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
-    groups.initialize(parallel, CPU, seed=0)
+    _initialize(parallel)
     try:
         yield parallel
     finally:
         parallel_state.destroy_model_parallel()
+
+
+_initialized: dict[tuple[int, int], dict] = {}
+_of_world: list = [None]
+
+
+def _initialize(parallel: ParallelConfig) -> None:
+    """Make the groups of a layout, or take those that it had before in this world.
+
+    Megatron only forgets its groups (`destroy_model_parallel`), and models that DeepSpeed's hooks keep alive hold them, so that
+    each new layout would add about 50 gloo threads for good, which wake up a hundred times a second.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_qsparse.parallel import groups
+
+    if _of_world[0] is not dist.group.WORLD:
+        _initialized.clear()
+        _of_world[0] = dist.group.WORLD
+    state = _initialized.get((parallel.tensor, parallel.pipeline))
+    if state is None:
+        groups.initialize(parallel, CPU, seed=0)
+        state = {name: value for name, value in vars(parallel_state).items() if name.isupper()}
+        _initialized[parallel.tensor, parallel.pipeline] = state
+    else:
+        vars(parallel_state).update(state)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 @contextlib.contextmanager

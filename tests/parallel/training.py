@@ -28,8 +28,8 @@ class Case:
     stage: int = 1
     steps: int = 3
     recompute: bool = False
-    prefetch: int = 0
-    """Of stage 3: elements gathered ahead."""
+    partition: tuple[int, int, int] = (0, 0, 0)
+    """Stage 3: persistence threshold, reuse distance and prefetch of `PartitionSettings`."""
     without_reset: bool = False
     """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
     two_copies: bool = False
@@ -47,14 +47,17 @@ class History:
 
 
 def make_engine(case: Case, parallel):
-    """The library's engine, with the gradient clipped at 1. At stage 3 no parameter is whole longer than it must be."""
+    """The library's engine, with the gradient clipped at 1. At stage 3 no parameter is whole longer than it must be, unless
+    the case says so.
+    """
     from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
     adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
-    partition = PartitionSettings(persistence_threshold=0, reuse_distance=0, prefetch=case.prefetch)
+    persistence, reuse, prefetch = case.partition
+    partition = PartitionSettings(persistence_threshold=persistence, reuse_distance=reuse, prefetch=prefetch)
     return ZeroEngine(
         model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE, partition=partition
     )  # fmt: skip
