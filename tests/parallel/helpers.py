@@ -58,16 +58,41 @@ def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: i
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
-    from megatron_qsparse.parallel import groups
-
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert)
-    groups.initialize(parallel, CPU, seed=0)
+    _initialize(parallel)
     try:
         yield parallel
     finally:
         while ENGINES:
             ENGINES.pop().engine.destroy()
         parallel_state.destroy_model_parallel()
+
+
+_initialized: dict[tuple[int, int, int], dict] = {}
+_of_world: list = [None]
+
+
+def _initialize(parallel: ParallelConfig) -> None:
+    """Make the groups of a layout, or take those that it had before in this world.
+
+    Megatron only forgets its groups (`destroy_model_parallel`), so that each new layout would add about 50 gloo threads until
+    the world ends, which wake up a hundred times a second.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_qsparse.parallel import groups
+
+    if _of_world[0] is not dist.group.WORLD:
+        _initialized.clear()
+        _of_world[0] = dist.group.WORLD
+    key = parallel.tensor, parallel.pipeline, parallel.expert
+    state = _initialized.get(key)
+    if state is None:
+        groups.initialize(parallel, CPU, seed=0)
+        _initialized[key] = {name: value for name, value in vars(parallel_state).items() if name.isupper()}
+    else:
+        vars(parallel_state).update(state)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 @contextlib.contextmanager
@@ -147,13 +172,19 @@ def reports(mine, everywhere: bool = True) -> list:
 def gather(
     model, pick=lambda param: param.detach(), differing: list[str] | None = None, everywhere: bool = True
 ) -> dict[str, torch.Tensor]:
-    """`pick(param)` of every parameter of the whole model, by global name; where, see `reports`.
+    """`pick(param)` of every parameter of the whole model, by global name; where, see `reports`. ZeRO-3's are whole for `pick`.
 
     Replicas must be equal bit for bit; with `differing` the names of those that are not are appended to it instead.
     """
     from megatron.core import parallel_state
 
-    here = (parallel_state.get_tensor_model_parallel_rank(), {name: pick(param).clone() for name, param in global_names(model).items()})
+    from megatron_qsparse.parallel.partition import gathered
+
+    picked = {}
+    for name, param in global_names(model).items():
+        with gathered([param]):
+            picked[name] = pick(param).clone()
+    here = (parallel_state.get_tensor_model_parallel_rank(), picked)
     kinds = {
         name: (getattr(p, "tensor_model_parallel", False), getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1))
         for name, p in global_names(model).items()
@@ -179,9 +210,11 @@ def gather(
 
 @torch.no_grad()
 def load(model, whole: dict[str, torch.Tensor]) -> None:
-    """Give every parameter its share of the whole weights."""
+    """Give every parameter its share of the whole weights (fp32: ZeRO's master weights as well at stage 3 only)."""
     from megatron.core import parallel_state
+
+    from megatron_qsparse.parallel.partition import write
 
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, param in global_names(model).items():
-        param.copy_(cut(whole[name], param, rank, ranks))
+        write(param, cut(whole[name], param, rank, ranks))

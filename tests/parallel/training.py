@@ -27,6 +27,8 @@ class Case:
     steps: int = 3
     recompute: bool = False
     layers: int = 2
+    partition: tuple[int, int, int] = (0, 0, 0)
+    """Stage 3: persistence threshold, reuse distance and prefetch of `PartitionSettings`."""
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
@@ -42,7 +44,11 @@ class History:
 
 
 def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = None, clip: float = 1.0):
-    """The library's engine; from the library's own initial weights where none are given."""
+    """The library's engine; from the library's own initial weights where none are given.
+
+    At stage 3 no parameter is whole longer than it must be, unless the case says so.
+    """
+    from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
@@ -50,7 +56,11 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
     if weights is not None:
         load(model, weights)
     adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=clip)
-    engine = ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
+    persistence, reuse, prefetch = case.partition
+    partition = PartitionSettings(persistence_threshold=persistence, reuse_distance=reuse, prefetch=prefetch)
+    engine = ZeroEngine(
+        model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE, partition=partition
+    )  # fmt: skip
     ENGINES.append(engine)
     return engine
 
