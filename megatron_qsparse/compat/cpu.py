@@ -21,15 +21,32 @@ PATCHES = {
     "megatron.core.tensor_parallel.layers": "sequence-parallel buffers on torch.cuda.current_device() (lines 552, 597)",
     "megatron.core.tensor_parallel.mappings": "gather and scatter buffers on torch.cuda.current_device() (lines 91, 141, 181)",
     "megatron.core.tensor_parallel.random": "the RNG tracker keeps CUDA generator states (line 190)",
+    "megatron.core.transformer.moe.router": "a router's weight goes to torch.cuda.current_device() (line 90)",
+    "megatron.core.transformer.moe.token_dispatcher": "the all-to-all dispatcher makes a CUDA stream and event (lines 445, 871-899)",
     "megatron.core.utils": "GlobalMemoryBuffer allocates on torch.cuda.current_device() (line 631)",
     "megatron.core.pipeline_parallel.schedules": 'total_num_tokens on device="cuda" (lines 596, 983, 2138)',
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers on torch.cuda.current_device() (lines 313, 321)",
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "torch.cuda.synchronize before writing (line 230)",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "failure flag on torch.cuda.current_device() (line 252)",
 }
-"""Module -> what in it needs CUDA, by the line numbers of megatron-core 0.16.1. `_use_cpu_generator` replaces three names more."""
+"""Module -> what in it needs CUDA, by the line numbers of megatron-core 0.16.1. `_use_cpu_generator` replaces three names more and
+`_use_host_splits` one."""
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "randn", "rand")
+
+
+class _NoStream:
+    """Stream and event of a device that does everything in order."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def record_event(self) -> "_NoStream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+_STREAM = _NoStream()
 
 
 class _CudaView(types.ModuleType):
@@ -45,6 +62,9 @@ class _CudaView(types.ModuleType):
     synchronize = staticmethod(lambda device=None: None)
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+    Stream = staticmethod(lambda: _STREAM)
+    current_stream = staticmethod(lambda: _STREAM)
+    stream = staticmethod(lambda stream: contextlib.nullcontext())
     manual_seed = staticmethod(lambda seed: torch.default_generator.manual_seed(seed) and None)
 
 
@@ -89,6 +109,7 @@ def enable() -> None:
     for name in PATCHES:
         importlib.import_module(name).torch = _VIEW
     _use_cpu_generator()
+    _use_host_splits()
 
 
 def _use_cpu_generator() -> None:
@@ -112,6 +133,18 @@ def _use_cpu_generator() -> None:
             torch.set_rng_state(outside)
 
     random.CudaRNGStatesTracker.fork = fork
+
+
+def _use_host_splits() -> None:
+    """The dispatcher's split sizes become numpy arrays where they come from a CUDA device (moe_utils.py line 1093); from a CPU they
+    stay tensors, which `all_to_all_single` refuses.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
 
 
 @contextlib.contextmanager

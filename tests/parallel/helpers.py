@@ -1,7 +1,7 @@
 """What the tests of parallel layouts share: small models, layouts, and whole tensors put together from the ranks' shards.
 
 Sharding is written down here a second time, independently of the library: a parameter is cut along `partition_dim`; gate_up
-(stride 2) cuts its gate rows and its up rows separately.
+(stride 2) cuts its gate rows and its up rows separately. Experts are whole parameters, each with its number in its name.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ def small_model(**changes) -> ModelConfig:
     return apply_preset(ModelConfig(**{**shape, **changes}), None)
 
 
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 64, "ffn_hidden_size": None}
 KEEP = {"keep": 0.4, "groups": 8, "block_m": 16}
 VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "dense": (small_model(), QSparseConfig(), BitNetConfig()),
@@ -42,18 +43,26 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "tied": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig()),
     "tied_bitnet_subln": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)),
     "one_kv_head": (small_model(num_query_groups=1), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
+    "moe": (small_model(**EXPERTS), QSparseConfig(), BitNetConfig()),
+    "moe_bitnet_groups_subln": (
+        small_model(**EXPERTS, moe_shared_expert_ffn_hidden_size=64), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)
+    ),
     "two_kv_heads": (small_model(num_query_groups=2), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
-}
+}  # fmt: skip
+DENSE_VARIANTS = tuple(name for name, (model, _, _) in VARIANTS.items() if not model.num_experts)
+"""Without experts: those also run on tensor-parallel ranks without sequence parallelism."""
 
 
 @contextlib.contextmanager
-def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterator[ParallelConfig]:
+def layout(
+    tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1, dispatcher: str = "alltoall"
+) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
     from megatron_qsparse.parallel import groups
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, moe_token_dispatcher=dispatcher)
     groups.initialize(parallel, CPU, seed=0)
     try:
         yield parallel
@@ -89,12 +98,19 @@ def tokens(samples: int, seed: int = 0, vocabulary: int = 128) -> torch.Tensor:
 
 
 def global_names(model) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the name they have in a model that is not cut into pipeline stages."""
-    numbers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    """Parameters by the name they have in a model that is not cut into pipeline stages and holds all experts."""
+    from megatron.core import parallel_state
+
+    layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    local = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * local
+    experts = {f".local_experts.{i}.": f".local_experts.{first + i}." for i in range(local)}
     named = {}
     for name, param in model.named_parameters():
-        prefix = next((local for local in numbers if name.startswith(local)), None)
-        named[name if prefix is None else numbers[prefix] + name.removeprefix(prefix)] = param
+        for numbers in (layers, experts):
+            here = next((part for part in numbers if part in name), None)
+            name = name if here is None else name.replace(here, numbers[here])
+        named[name] = param
     return named
 
 

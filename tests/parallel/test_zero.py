@@ -37,7 +37,12 @@ def plain_case(case: Case) -> Case:
 
 def label(case: Case) -> str:
     parts = [case.variant, case.precision, f"zero{case.stage}"]
-    parts += [f"tp{case.tensor}"] * (case.tensor > 1) + ["sp"] * case.sequence + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    parts += (
+        [f"tp{case.tensor}"] * (case.tensor > 1)
+        + ["sp"] * case.sequence
+        + [f"ep{case.expert}"] * (case.expert > 1)
+        + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    )
     return "-".join(parts + ["recompute"] * case.recompute)
 
 

@@ -25,11 +25,15 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    expert: int = 1
+    dispatcher: str = "alltoall"
     stage: int = 1
     steps: int = 3
     recompute: bool = False
     without_reset: bool = False
     """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
+    starved: int = 0
+    """The first so many experts get no token: their logits are lowered."""
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
@@ -71,6 +75,10 @@ def micro_batches(step: int) -> list[torch.Tensor]:
     return list(tokens(GLOBAL_BATCH, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
 
 
+def case_layout(case: Case):
+    return layout(case.tensor, case.pipeline, case.sequence, case.expert, case.dispatcher)
+
+
 def take_step(engine, step: int, lr: float = LR):
     batches = micro_batches(step)
     return engine.train_step(iter(batches), len(batches), lr, DECAY)
@@ -78,7 +86,7 @@ def take_step(engine, step: int, lr: float = LR):
 
 def train(case: Case) -> History:
     """Collective over the world."""
-    with layout(case.tensor, case.pipeline, case.sequence) as parallel, _without_reset(case.without_reset):
+    with case_layout(case) as parallel, _without_reset(case.without_reset), starving(case.starved):
         engine = make_engine(case, parallel)
         results = [take_step(engine, 0)]
         weights = gather(engine.model)
@@ -89,6 +97,22 @@ def train(case: Case) -> History:
 def train_all(rank: int, cases: list[Case]) -> dict[Case, History]:
     """For `run_distributed`."""
     return {case: train(case) for case in cases}
+
+
+@contextlib.contextmanager
+def starving(experts: int) -> Iterator[None]:
+    """No token goes to the first `experts` experts of any layer."""
+    from megatron_qsparse.layers.moe import MeteredRouter
+
+    routing = MeteredRouter.routing
+
+    def unfair(self, logits, *args, **kwargs):
+        penalty = torch.zeros(logits.shape[-1])
+        penalty[:experts] = 1e4
+        return routing(self, logits - penalty, *args, **kwargs)
+
+    with mock.patch.object(MeteredRouter, "routing", unfair) if experts else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
@@ -108,10 +132,12 @@ def train_plainly(rank: int, cases: list[Case]) -> dict[Case, History]:
 
 
 def _train_plainly(case: Case) -> History:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from megatron_qsparse.layers.ternary import TernaryWeights
 
     variant = UNTIED_TWIN[case.variant] if case.two_copies else case.variant
-    with layout() as parallel:
+    with layout() as parallel, starving(case.starved):
         model = build(variant, parallel, dtype=DTYPES[case.precision])
         ternary = TernaryWeights(model.modules())
         masters = _Masters(model, case.two_copies)
@@ -120,6 +146,8 @@ def _train_plainly(case: Case) -> History:
         for step in range(case.steps):
             total = 0.0
             batches = micro_batches(step)
+            # Every micro-batch's load-balancing loss counts like its own loss.
+            MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches)))
             for batch in batches:
                 losses = model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous())
                 loss = losses.float().mean()
