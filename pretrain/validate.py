@@ -201,14 +201,15 @@ def _expert_problems(config: PretrainConfig, model: ModelConfig, world_size: int
     if config.zero.stage == 3:
         found.append(f"zero.stage=3 cannot shard the experts of model.num_experts={experts}, since DeepSpeed does not: use 1 or 2")
     if parallel.tensor > 1 and not parallel.sequence:
-        found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: every tensor-"
-                     "parallel rank would route the same tokens; set parallel.sequence=true")  # fmt: skip
+        found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: tensor-parallel ranks "
+                     "would all route the same tokens, so set parallel.sequence=true")  # fmt: skip
     if min(parallel.tensor, parallel.pipeline, parallel.expert) < 1:
         return found
     if experts % parallel.expert:
         found.append(f"model.num_experts={experts} is not divisible by parallel.expert={parallel.expert}")
     model_ranks = parallel.tensor * parallel.pipeline
-    if world_size % model_ranks == 0 and world_size // model_ranks % parallel.expert:
-        found.append(f"parallel.expert={parallel.expert} does not divide the {world_size // model_ranks} data-parallel ranks that "
-                     f"{world_size} processes make with parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline}")  # fmt: skip
+    data_parallel = world_size // model_ranks
+    if world_size % model_ranks == 0 and data_parallel % parallel.expert:
+        found.append(f"parallel.expert={parallel.expert} does not divide the {data_parallel} data-parallel ranks of {world_size} processes "
+                     f"with parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline}")  # fmt: skip
     return found

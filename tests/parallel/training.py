@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -126,7 +126,8 @@ def _without_reset(wanted: bool) -> Iterator[None]:
 def train_plainly(rank: int, cases: list[Case]) -> dict[Case, History]:
     """The same runs on one rank without DeepSpeed, Megatron's schedule or our engine: accumulate, clip, AdamW.
 
-    bf16 by hand: fp32 master weights, gradients of the bf16 model summed in fp32.
+    bf16 by hand: fp32 master weights, gradients of the bf16 model summed in fp32. A case with `expert` ranks has the same
+    rounding as they have: a rank's experts see one micro-batch of each rank at once, and round that gradient once.
     """
     return {case: _train_plainly(case) for case in cases}
 
@@ -153,12 +154,23 @@ def _train_plainly(case: Case) -> History:
                 loss = losses.float().mean()
                 (loss / len(batches)).backward()
                 total += loss.item() / len(batches)
-                masters.accumulate()
+                masters.accumulate(lambda name: case.expert == 1 or "local_experts" not in name)
+            for batch in map(torch.cat, zip(*_of_ranks(batches, case.expert), strict=True)) if case.expert > 1 else ():
+                MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), case.expert / len(batches)))
+                losses = model(batch[:, :-1].contiguous(), positions.repeat(case.expert, 1), None, labels=batch[:, 1:].contiguous())
+                (losses.float().mean() * case.expert / len(batches)).backward()
+                masters.accumulate(lambda name: "local_experts" in name)
             history.norms.append(masters.step())
             history.losses.append(total)
             ternary.invalidate()
             history.weights = history.weights or gather(model)
         return history
+
+
+def _of_ranks(batches: list[torch.Tensor], ranks: int) -> list[list[torch.Tensor]]:
+    """The micro-batches of each of so many data-parallel ranks."""
+    each = len(batches) // ranks
+    return [batches[rank * each : (rank + 1) * each] for rank in range(ranks)]
 
 
 class _Masters:
@@ -179,10 +191,12 @@ class _Masters:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
 
-    def accumulate(self) -> None:
+    def accumulate(self, wanted: Callable[[str], bool]) -> None:
+        """Add the gradients of the parameters with a wanted name, and forget the others'."""
         for name, param in self.params.items():
             master, grad = self.of[name], param.grad.float()
-            master.grad = grad if master.grad is None else master.grad + grad
+            if wanted(name):
+                master.grad = grad if master.grad is None else master.grad + grad
             param.grad = None
 
     @torch.no_grad()
