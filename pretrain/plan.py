@@ -98,10 +98,11 @@ def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | Non
     train, length = config.train, config.data.sequence_length
     data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
     tokens = train.global_batch_size * length
-    expert = f", expert {config.parallel.expert} of data" if config.parallel.expert > 1 else ""
+    expert = f", expert {config.parallel.expert}" if config.parallel.expert > 1 else ""
     micro_batches = train.global_batch_size / (train.micro_batch_size * data_parallel)
     rows = [
-        ("processes", f"{world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}{expert}"),
+        ("processes", f"{world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}"
+                      f"{expert}"),
         ("global batch", f"{train.global_batch_size} samples of {length} tokens = {tokens:,} tokens: {micro_batches:g} micro-batches of "
                          f"{train.micro_batch_size} on each rank"),
         ("run", f"{train.steps:,} steps = {train.steps * tokens:,} tokens"),

@@ -201,8 +201,8 @@ def _expert_problems(config: PretrainConfig, model: ModelConfig, world_size: int
     if config.zero.stage == 3:
         found.append(f"zero.stage=3 cannot shard the experts of model.num_experts={experts}, since DeepSpeed does not: use 1 or 2")
     if parallel.tensor > 1 and not parallel.sequence:
-        found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: tensor-parallel ranks "
-                     "would all route the same tokens, so set parallel.sequence=true")  # fmt: skip
+        found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: tensor-parallel "
+                     "ranks would route the same tokens, so set parallel.sequence=true")  # fmt: skip
     if min(parallel.tensor, parallel.pipeline, parallel.expert) < 1:
         return found
     if experts % parallel.expert:

@@ -13,13 +13,15 @@ import types
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 
 PATCHES = {
     "megatron.core.models.common.embeddings.rotary_pos_embedding": "inv_freq goes to torch.cuda.current_device() (line 162)",
     "megatron.core.tensor_parallel.layers": "sequence-parallel buffers on torch.cuda.current_device() (lines 552, 597)",
-    "megatron.core.tensor_parallel.mappings": "gather and scatter buffers on torch.cuda.current_device() (lines 91, 141, 181)",
+    "megatron.core.tensor_parallel.mappings": "gather, scatter and all-to-all buffers on torch.cuda.current_device() (lines 91, "
+    "141, 148, 181, 442); an all_gather of shards of different lengths (line 151), which gloo refuses",
     "megatron.core.tensor_parallel.random": "the RNG tracker keeps CUDA generator states (line 190)",
     "megatron.core.transformer.moe.router": "a router's weight goes to torch.cuda.current_device() (line 90)",
     "megatron.core.transformer.moe.token_dispatcher": "the all-to-all dispatcher makes a CUDA stream and event (lines 445, 871-899)",
@@ -68,12 +70,32 @@ class _CudaView(types.ModuleType):
     manual_seed = staticmethod(lambda seed: torch.default_generator.manual_seed(seed) and None)
 
 
+class _DistributedView(types.ModuleType):
+    """torch.distributed, with an all_gather that takes shards of different lengths on gloo as it does on nccl."""
+
+    def __init__(self):
+        super().__init__("torch.distributed")
+
+    def __getattr__(self, name):
+        return getattr(dist, name)
+
+    @staticmethod
+    def all_gather(tensor_list, tensor, group=None):
+        if len({part.shape for part in tensor_list}) == 1:
+            return dist.all_gather(tensor_list, tensor, group=group)
+        for source, part in enumerate(tensor_list):
+            if source == dist.get_rank(group):
+                part.copy_(tensor)
+            dist.broadcast(part, group=group, group_src=source)
+
+
 class _TorchView(types.ModuleType):
-    """torch, with `.cuda` replaced and device="cuda" read as the CPU by the tensor factories."""
+    """torch, with `.cuda` and `.distributed` replaced and device="cuda" read as the CPU by the tensor factories."""
 
     def __init__(self):
         super().__init__("torch")
         self.cuda = _CudaView()
+        self.distributed = _DistributedView()
         for name in _FACTORIES:
             setattr(self, name, self._on_cpu(getattr(torch, name)))
 

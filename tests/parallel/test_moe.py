@@ -38,7 +38,7 @@ ON_TWO = [
 ]  # fmt: skip
 ON_FOUR = [
     *(replace(case, expert=2, pipeline=2) for case in (*FP32, *BF16)),
-    replace(DENSE, expert=2, pipeline=2, stage=2, recompute=True),
+    replace(DENSE, expert=2, pipeline=2, stage=2), replace(QUANTIZED, expert=2, pipeline=2, recompute=True),
     *(replace(case, **EP2_TP2, steps=1, stage=stage) for case in FP32 for stage in (1, 2)),
     replace(QUANTIZED, **EP2_TP2, dispatcher="allgather"), replace(QUANTIZED, **EP2_TP2, starved=2),
     replace(DENSE, expert=2), replace(DENSE, expert=2, stage=2), replace(DENSE, expert=4),
