@@ -63,16 +63,6 @@ PRESETS: dict[str, Preset] = {
         num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
         paper=PaperSettings(learning_rate=6e-4, bitnet_learning_rates=(1.8e-3, 1.5e-3)),
     ),
-    "moe_300m_total": Preset(
-        description="as many parameters as 300m in 8 experts of 256, two for each token, and a shared expert of 768; ours",
-        num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
-        num_experts=8, moe_ffn_hidden_size=256, moe_shared_expert_ffn_hidden_size=768,
-    ),
-    "moe_300m_active": Preset(
-        description="as many activated parameters as 300m: 8 experts of 1024, two for each token, and a shared expert of 768; ours",
-        num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
-        num_experts=8, moe_ffn_hidden_size=1024, moe_shared_expert_ffn_hidden_size=768,
-    ),
     "700m": Preset(
         description="Q-Sparse 700M",
         num_layers=24, hidden_size=1536, ffn_hidden_size=4096, num_attention_heads=24,
@@ -87,6 +77,16 @@ PRESETS: dict[str, Preset] = {
         description="Q-Sparse 7B",
         num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
         paper=PaperSettings(learning_rate=1.5e-4, bitnet_learning_rates=(1e-3, 6e-4)),
+    ),
+    "moe_300m_total": Preset(
+        description="as many parameters as 300m in 8 experts of 256, two for each token, and a shared expert of 768; ours",
+        num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
+        num_experts=8, moe_ffn_hidden_size=256, moe_shared_expert_ffn_hidden_size=768,
+    ),
+    "moe_300m_active": Preset(
+        description="as many activated parameters as 300m: 8 experts of 1024, two for each token, and a shared expert of 768; ours",
+        num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
+        num_experts=8, moe_ffn_hidden_size=1024, moe_shared_expert_ffn_hidden_size=768,
     ),
 }  # fmt: skip
 
@@ -151,6 +151,8 @@ def _rounded_vocabulary(config: ModelConfig, tokenizer_vocab_size: int | None) -
 
 
 def _check_shape(config: ModelConfig, tokenizer_vocab_size: int | None) -> None:
+    if config.num_experts:
+        _check_experts(config)
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise ValueError(f"model.{name}={getattr(config, name)} must be at least 1")
@@ -162,8 +164,6 @@ def _check_shape(config: ModelConfig, tokenizer_vocab_size: int | None) -> None:
                          "rotary embeddings turn pairs, so choose an even number")  # fmt: skip
     if heads % groups:
         raise ValueError(f"model.num_attention_heads={heads} is not divisible by model.num_query_groups={groups}: change one of them")
-    if config.num_experts:
-        _check_experts(config)
     if tokenizer_vocab_size is not None and config.vocab_size < tokenizer_vocab_size:
         raise ValueError(f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "
                          "leave model.vocab_size unset or raise it")  # fmt: skip
@@ -175,6 +175,8 @@ def _check_experts(config: ModelConfig) -> None:
         raise ValueError(f"model.num_experts={experts}: a mixture needs at least 2 experts, 0 is a dense MLP")
     if not 1 <= chosen <= experts:
         raise ValueError(f"model.moe_router_topk={chosen} must lie in 1 .. model.num_experts={experts}")
+    if config.moe_ffn_hidden_size < 1:
+        raise ValueError(f"model.moe_ffn_hidden_size={config.moe_ffn_hidden_size} must be at least 1")
     if config.moe_shared_expert_ffn_hidden_size < 0:
         raise ValueError(f"model.moe_shared_expert_ffn_hidden_size={config.moe_shared_expert_ffn_hidden_size} must not be negative")
     if not config.moe_aux_loss_coeff >= 0:

@@ -114,7 +114,7 @@ def test_explicit_vocabulary_is_kept():
             100,
             "model.ffn_hidden_size=128 has no effect.*leave it out",
         ),
-        ({"num_experts": 4, "moe_ffn_hidden_size": 0}, 100, "model.ffn_hidden_size=0 must be at least 1"),
+        ({"num_experts": 4, "moe_ffn_hidden_size": 0}, 100, "model.moe_ffn_hidden_size=0 must be at least 1"),
         ({"num_experts": 4, "moe_aux_loss_coeff": -1.0}, 100, "model.moe_aux_loss_coeff=-1.0 must not be negative"),
         ({"num_experts": 4, "moe_shared_expert_ffn_hidden_size": -8}, 100, "model.moe_shared_expert_ffn_hidden_size=-8"),
         ({"moe_ffn_hidden_size": 64}, 100, "model.moe_ffn_hidden_size=64 has no effect with model.num_experts=0"),

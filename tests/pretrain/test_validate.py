@@ -69,7 +69,7 @@ PROBLEMS = [
     ({"zero__stage": 0}, 1, ["zero.stage=0", "use 1 or 2"]),
     ({"parallel__expert": 2}, 1, ["parallel.expert=2", "no effect", "model.num_experts=0"]),
     ({"parallel__moe_token_dispatcher": "allgather"}, 1, ["parallel.moe_token_dispatcher=allgather", "no effect", "model.num_experts=0"]),
-    ({**EXPERTS, "parallel__expert": 3}, 3, ["model.num_experts=4", "parallel.expert=3"]),
+    ({**EXPERTS, "parallel__expert": 3, "train__global_batch_size": 3}, 3, ["model.num_experts=4", "parallel.expert=3"]),
     ({**EXPERTS, "parallel__expert": 4}, 2, ["parallel.expert=4", "does not divide the 2 data-parallel ranks", "2 processes"]),
     ({**EXPERTS, "parallel__expert": 2, "parallel__pipeline": 2}, 2, ["parallel.expert=2", "1 data-parallel ranks", "parallel.pipeline=2"]),
     ({**EXPERTS, "parallel__tensor": 2}, 2, ["parallel.sequence=false", "parallel.tensor=2", "set parallel.sequence=true"]),
