@@ -1,7 +1,7 @@
 """Ternary codes and alpha of all quantized linears of a model, made once per optimizer step.
 
-alpha is the mean |w| of each LOGICAL matrix (q, k, v, gate, up, o, down) over the full tensor: fp64 sums, one all-reduce per
-tensor-parallel group for all matrices together. Which rows belong to which matrix:
+alpha is the mean |w| of each LOGICAL matrix (q, k, v, gate, up, o, down; of each expert) over the full tensor: fp64 sums, one
+all-reduce per tensor-parallel group for all matrices together. Which rows belong to which matrix:
 
 * qkv: by GLOBAL row; Megatron interleaves [queries of a group, its key, its value] and with fewer key/value heads than ranks
   cuts across them.
@@ -33,7 +33,7 @@ def logical_rows(layer, projection: str) -> tuple[torch.Tensor, list[int]]:
         slot = (row // config.kv_channels) % (queries + 2)
         entries = layer.output_size // (queries + 2) * layer.input_size
         return (slot - (queries - 1)).clamp_(min=0), [entries * queries, entries, entries]
-    if projection == "mlp.gate_up":
+    if projection in ("mlp.gate_up", "mlp.shared_gate_up"):
         labels = (torch.arange(rows, device=device) >= rows // 2).long()
         return labels, [layer.output_size // 2 * layer.input_size] * 2
     return torch.zeros(rows, dtype=torch.long, device=device), [layer.output_size * layer.input_size]
@@ -138,4 +138,5 @@ class TernaryWeights:
             with self._gathered([weight.layer.weight]):
                 sums = weight.local_sums()
             if not torch.equal(sums, weight.sums):
-                raise RuntimeError(f"{weight.layer.settings.name}: its ternary codes are stale; invalidate() was not called after a write")
+                where = weight.layer.settings.name + ("" if weight.layer.expert is None else f", expert {weight.layer.expert}")
+                raise RuntimeError(f"{where}: its ternary codes are stale; invalidate() was not called after a write")

@@ -9,8 +9,10 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_qsparse.compat import deepspeed
+from megatron_qsparse.layers.expert_meter import ExpertMeters
 from megatron_qsparse.layers.meter import SparsityMeters
 from megatron_qsparse.layers.ternary import TernaryWeights
+from megatron_qsparse.parallel.expert_groups import optimizer_groups, register_experts
 from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks, reduce_shared_embedding, shared_embedding
 from megatron_qsparse.parallel.groups import ModelParallelUnit
 from megatron_qsparse.parallel.partition import PartitionSettings, gathered
@@ -64,6 +66,8 @@ class ZeroEngine:
         self.device = next(model.parameters()).device
         self.ternary = TernaryWeights(model.modules(), gathered=gathered if stage == 3 else None)
         self.meters = SparsityMeters(model.modules(), self.device)
+        self.expert_meters = _expert_meters(model, self.device)
+        register_experts(model)
         if model.config.sequence_parallel:
             install_sequence_parallel_hooks(model)
         model.config.finalize_model_grads_func = self._finalize_gradients
@@ -81,11 +85,12 @@ class ZeroEngine:
     def _adamw(self, adam: AdamSettings) -> torch.optim.AdamW:
         params = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in params if p.dim() > 1], "decay": True},
-            {"params": [p for p in params if p.dim() == 1], "decay": False},
+            {**group, "decay": decay}
+            for decay in (True, False)
+            for group in optimizer_groups([p for p in params if (p.dim() > 1) == decay])
         ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=0.0,
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,
@@ -151,6 +156,14 @@ class ZeroEngine:
         """Called by the schedule after the last backward; the data-parallel reduction is DeepSpeed's and happens in step()."""
         if self._shared_embedding is not None:
             reduce_shared_embedding(self._shared_embedding, self.optimizer)
+
+
+def _expert_meters(model: nn.Module, device: torch.device) -> ExpertMeters | None:
+    """None for a model without experts."""
+    config = model.config
+    if config.num_moe_experts is None:
+        return None
+    return ExpertMeters(model.modules(), config.num_layers, config.num_moe_experts, config.tensor_model_parallel_size, device)
 
 
 def _data_parallel_mean(value: torch.Tensor) -> float:

@@ -1,7 +1,7 @@
 """What the tests of parallel layouts share: small models, layouts, and whole tensors put together from the ranks' shards.
 
 Sharding is written down here a second time, independently of the library: a parameter is cut along `partition_dim`; gate_up
-(stride 2) cuts its gate rows and its up rows separately.
+(stride 2) cuts its gate rows and its up rows separately. Experts are whole parameters, each with its number in its name.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ def small_model(**changes) -> ModelConfig:
     return apply_preset(ModelConfig(**{**shape, **changes}), None)
 
 
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 64, "ffn_hidden_size": None}
 KEEP = {"keep": 0.4, "groups": 8, "block_m": 16}
 VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "dense": (small_model(), QSparseConfig(), BitNetConfig()),
@@ -44,8 +45,14 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "tied": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig()),
     "tied_bitnet_subln": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)),
     "one_kv_head": (small_model(num_query_groups=1), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
+    "moe": (small_model(**EXPERTS), QSparseConfig(), BitNetConfig()),
+    "moe_bitnet_groups_subln": (
+        small_model(**EXPERTS, moe_shared_expert_ffn_hidden_size=64), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)
+    ),
     "two_kv_heads": (small_model(num_query_groups=2), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
-}
+}  # fmt: skip
+DENSE_VARIANTS = tuple(name for name, (model, _, _) in VARIANTS.items() if not model.num_experts)
+"""Without experts: those also run on tensor-parallel ranks without sequence parallelism."""
 
 
 ENGINES: list = []
@@ -54,11 +61,13 @@ lives on, and with it all process groups of its model, each with its sockets and
 
 
 @contextlib.contextmanager
-def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1) -> Iterator[ParallelConfig]:
+def layout(
+    tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1, dispatcher: str = "alltoall"
+) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, moe_token_dispatcher=dispatcher)
     _initialize(parallel)
     try:
         yield parallel
@@ -126,12 +135,19 @@ def tokens(samples: int, seed: int = 0, vocabulary: int = 128) -> torch.Tensor:
 
 
 def global_names(model) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the name they have in a model that is not cut into pipeline stages."""
-    numbers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    """Parameters by the name they have in a model that is not cut into pipeline stages and holds all experts."""
+    from megatron.core import parallel_state
+
+    layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    local = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * local
+    experts = {f".local_experts.{i}.": f".local_experts.{first + i}." for i in range(local)}
     named = {}
     for name, param in model.named_parameters():
-        prefix = next((local for local in numbers if name.startswith(local)), None)
-        named[name if prefix is None else numbers[prefix] + name.removeprefix(prefix)] = param
+        for numbers in (layers, experts):
+            here = next((part for part in numbers if part in name), None)
+            name = name if here is None else name.replace(here, numbers[here])
+        named[name] = param
     return named
 
 

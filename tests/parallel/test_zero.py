@@ -36,7 +36,14 @@ def plain_case(case: Case) -> Case:
 
 
 def label(case: Case) -> str:
-    return "-".join([case.variant, case.precision] + [f"pp{case.pipeline}"] * (case.pipeline > 1) + ["recompute"] * case.recompute)
+    parts = [case.variant, case.precision, f"zero{case.stage}"]
+    parts += (
+        [f"tp{case.tensor}"] * (case.tensor > 1)
+        + ["sp"] * case.sequence
+        + [f"ep{case.expert}"] * (case.expert > 1)
+        + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    )
+    return "-".join(parts + ["recompute"] * case.recompute)
 
 
 @pytest.mark.parametrize("case", ONE, ids=label)

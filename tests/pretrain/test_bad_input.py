@@ -45,7 +45,7 @@ def test_a_misspelt_key_in_a_file(shards, tmp_path):
         (["--model.preset", "7bb"], ["model.preset='7bb'", "did you mean '7b'"]),
         (["--zero.stage", 0], ["zero.stage=0", "use 1, 2 or 3"]),
         (["--parallel.tensor", 2], ["1 processes", "parallel.tensor=2", "start a multiple of 2"]),
-        (["--model.num_experts", 4], ["model.num_experts=4", "not supported yet"]),
+        (["--parallel.expert", 2], ["parallel.expert=2", "model.num_experts=0"]),
         (["--tracking.uri", "./mlruns"], ["./mlruns", "sqlite"]),
     ],
 )
