@@ -31,7 +31,7 @@ LOADS = [(name, index) for name, (_, *targets) in SAVED.items() for index in ran
 def _state(engine) -> dict[str, dict[str, torch.Tensor] | int]:
     """Whole working weights, masters, moments, and the number of updates."""
     from megatron_qsparse.compat import deepspeed
-    from megatron_qsparse.parallel.checkpoint import _adam_step
+    from megatron_qsparse.parallel.checkpoint.adam import adam_step
 
     utils = deepspeed.load().utils
     engine.optimizer._hp_optimizer_states_linked = False
@@ -41,7 +41,7 @@ def _state(engine) -> dict[str, dict[str, torch.Tensor] | int]:
         "fp32": gather(engine.model, lambda param: utils.safe_get_full_fp32_param(param).view(param.shape)),
         "exp_avg": gather(engine.model, lambda param: utils.safe_get_full_optimizer_state(param, "exp_avg").view(param.shape)),
         "exp_avg_sq": gather(engine.model, lambda param: utils.safe_get_full_optimizer_state(param, "exp_avg_sq").view(param.shape)),
-        "step": _adam_step(engine),
+        "step": adam_step(engine),
     }
 
 
@@ -90,12 +90,13 @@ def _save_and_load(cases: list[Case], directory: Path) -> dict:
 
 def _newer(directory: Path) -> str:
     from megatron_qsparse.parallel import checkpoint
+    from megatron_qsparse.parallel.checkpoint import snapshot
 
     with layout() as parallel, pytest.MonkeyPatch.context() as patch:
         engine = make_engine(Case(), parallel)
-        patch.setattr(checkpoint, "FORMAT_VERSION", 99)
+        patch.setattr(snapshot, "FORMAT_VERSION", 99)
         # A later format may hold other tensors: it must be refused before they are looked for.
-        patch.setattr(checkpoint, "_MOMENTS", ("exp_avg",))
+        patch.setattr(snapshot, "STATES", ("fp32", "exp_avg"))
         _save(engine, directory)
         patch.undo()
         with pytest.raises(ValueError) as caught:
