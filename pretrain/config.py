@@ -23,7 +23,7 @@ class ZeroConfig:
     """DeepSpeed ZeRO: what is sharded over the data-parallel ranks."""
 
     stage: int = 1
-    """1: optimizer states and fp32 master weights. 2: gradients as well."""
+    """1: optimizer states and fp32 master weights. 2: gradients as well. 3: weights as well, only without pipeline stages."""
 
 
 @dataclass(kw_only=True)

@@ -113,7 +113,7 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
         model, layout, config.qsparse, config.bitnet, precision, config.train.micro_batch_size, config.data.sequence_length
     )
     saved = checkpoint_bytes(model, precision, config.bitnet.subln)
-    parts = ("weights", "gradients", "optimizer", "codes", "activations", "total")
+    parts = ("weights", "gradients", "optimizer", "codes", "gathered", "activations", "total")
     return [
         *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
         ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "

@@ -116,9 +116,14 @@ def _range_problems(config: PretrainConfig) -> list[str]:
 def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
     parallel, train = config.parallel, config.train
     found = []
-    if config.zero.stage not in (1, 2):
-        reason = "parameters are not sharded yet" if config.zero.stage == 3 else "bf16 with fp32 accumulation needs ZeRO"
-        found.append(f"zero.stage={config.zero.stage} is not supported ({reason}): use 1 or 2")
+    stage = config.zero.stage
+    if stage == 0:
+        found.append("zero.stage=0 is not supported: DeepSpeed then allows no backward but its own, which Megatron's schedule cannot "
+                     "use, and has no fp32 accumulation for bf16; stage 1 costs nothing more: use 1, 2 or 3")  # fmt: skip
+    elif stage not in (1, 2, 3):
+        found.append(f"zero.stage={stage} does not exist: use 1, 2 or 3")
+    if stage == 3 and parallel.pipeline > 1:
+        found.append(f"zero.stage=3 does not work with parallel.pipeline={parallel.pipeline} stages: use zero.stage=1 or 2")
     if parallel.expert > 1:
         found.append(f"parallel.expert={parallel.expert}: mixture-of-experts models are not supported yet, leave it at 1")
     if parallel.sequence and parallel.tensor == 1:

@@ -18,6 +18,9 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OPTIMIZER_BYTES = 12
 """Per parameter: fp32 master weight and Adam's two moments. DeepSpeed keeps the master copy in fp32 training as well."""
 
+GATHERED_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps at most about so many elements of gathered weights whole at a time; DeepSpeed's own default."""
+
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each projection of one layer, over all tensor-parallel ranks."""
@@ -161,11 +164,13 @@ class Memory:
     gradients: float
     optimizer: float
     codes: float
+    gathered: float
+    """Weights that ZeRO-3 makes whole for the modules at work, besides this rank's shares of them."""
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.codes + self.activations
+        return self.weights + self.gradients + self.optimizer + self.codes + self.gathered + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +183,7 @@ class Layout:
     sequence: bool = False
     """Sequence parallelism: shards what is otherwise whole on each tensor-parallel rank."""
     zero_stage: int = 1
-    """1 shards optimizer states over the data-parallel ranks, 2 gradients as well."""
+    """1 shards optimizer states over the data-parallel ranks, 2 gradients as well, 3 weights as well."""
 
 
 def memory_per_rank(
@@ -188,12 +193,12 @@ def memory_per_rank(
     """Memory of the rank that needs most, which is on the first or the last pipeline stage.
 
     weights: in `precision`. gradients: fp32 accumulation buffers. optimizer: `OPTIMIZER_BYTES`. codes: one byte for each
-    parameter of a quantized projection. activations: an estimate of what autograd keeps, without recomputation, allocator
-    slack or communication buffers; stage s of p holds p - s micro-batches (1F1B).
-    Raises ValueError where the layers do not divide among the stages or the ZeRO stage is neither 1 nor 2.
+    parameter of a quantized projection, none with ZeRO-3, which makes them anew at each use. activations: an estimate of what
+    autograd keeps, without recomputation, allocator slack or communication buffers; stage s of p holds p - s micro-batches (1F1B).
+    Raises ValueError where the layers do not divide among the stages or the ZeRO stage is not 1, 2 or 3.
     """
-    if layout.zero_stage not in (1, 2):
-        raise ValueError(f"zero.stage={layout.zero_stage}: memory is known for stages 1 and 2")
+    if layout.zero_stage not in (1, 2, 3):
+        raise ValueError(f"zero.stage={layout.zero_stage}: memory is known for stages 1, 2 and 3")
     if model.num_layers % layout.pipeline:
         raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={layout.pipeline}")
     stages = {0, layout.pipeline - 1}
@@ -228,11 +233,13 @@ def _stage_memory(
     in_flight = layout.pipeline - stage
     # Vocabulary-parallel cross entropy keeps the logits in `precision` and their exponentials in fp32.
     logits = last * model.vocab_size / layout.tensor * (ELEMENT_BYTES[precision] + 4)
+    partitioned = layout.zero_stage == 3
     return Memory(
-        weights=held * ELEMENT_BYTES[precision],
-        gradients=held * 4 / (layout.data if layout.zero_stage == 2 else 1),
+        weights=held * ELEMENT_BYTES[precision] / (layout.data if partitioned else 1),
+        gradients=held * 4 / (layout.data if layout.zero_stage >= 2 else 1),
         optimizer=held * OPTIMIZER_BYTES / layout.data,
-        codes=quantized / layout.tensor,
+        codes=0 if partitioned else quantized / layout.tensor,
+        gathered=min(held, GATHERED_ELEMENTS) * ELEMENT_BYTES[precision] if partitioned else 0,
         activations=tokens * (in_flight * activations + logits),
     )
 

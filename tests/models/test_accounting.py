@@ -135,6 +135,16 @@ def test_memory_is_sharded_by_data_parallelism():
     total = accounting.parameters(SMALL).total
     assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2 * total, 4 * total, 12 * total / 4)
     assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2 * total, 4 * total / 4, 12 * total / 4)
+    assert (of(3).weights, of(3).gradients, of(3).optimizer) == (2 * total / 4, 4 * total / 4, 12 * total / 4)
+    assert of(1).gathered == of(2).gathered == 0
+
+
+def test_zero_3_keeps_no_codes_and_gathers_a_bounded_part_of_the_weights():
+    layout, bitnet = Layout(data=4, zero_stage=3), BitNetConfig(enabled=True)
+    small = accounting.memory_per_rank(SMALL, layout, QSparseConfig(), bitnet, "bf16", 1, 5)
+    assert small.codes == 0 and small.gathered == 2 * accounting.parameters(SMALL).total
+    assert small.total == small.weights + small.gradients + small.optimizer + small.gathered + small.activations
+    assert accounting.memory_per_rank(MISTRAL, layout, *DENSE, "bf16", 1, 5).gathered == 2e9
 
 
 def test_memory_is_sharded_by_tensor_parallelism():
@@ -179,7 +189,7 @@ def test_checkpoint_holds_weights_master_and_moments():
         (lambda: accounting.parameters(ModelConfig(num_layers=2)), "model.hidden_size is not set.*apply_preset"),
         (lambda: accounting.parameters(apply_preset(ModelConfig(num_experts=4), 128)), "model.num_experts=4"),
         (lambda: accounting.memory_per_rank(SMALL, Layout(pipeline=2), *DENSE, "bf16", 1, 5), "num_layers=3.*parallel.pipeline=2"),
-        (lambda: accounting.memory_per_rank(SMALL, Layout(zero_stage=3), *DENSE, "bf16", 1, 5), "zero.stage=3"),
+        (lambda: accounting.memory_per_rank(SMALL, Layout(zero_stage=0), *DENSE, "bf16", 1, 5), "zero.stage=0"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(call, words):

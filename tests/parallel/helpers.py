@@ -116,13 +116,19 @@ def cut(whole: torch.Tensor, param: torch.nn.Parameter, rank: int, ranks: int) -
 
 
 def gather(model, pick=lambda param: param.detach(), differing: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """`pick(param)` of every parameter of the whole model, by global name, on every rank.
+    """`pick(param)` of every parameter of the whole model, by global name, on every rank. ZeRO-3's are whole for `pick`.
 
     Replicas must be equal bit for bit; with `differing` the names of those that are not are appended to it instead.
     """
     from megatron.core import parallel_state
 
-    here = (parallel_state.get_tensor_model_parallel_rank(), {name: pick(param).clone() for name, param in global_names(model).items()})
+    from megatron_qsparse.parallel.partition import gathered
+
+    picked = {}
+    for name, param in global_names(model).items():
+        with gathered([param]):
+            picked[name] = pick(param).clone()
+    here = (parallel_state.get_tensor_model_parallel_rank(), picked)
     kinds = {
         name: (getattr(p, "tensor_model_parallel", False), getattr(p, "partition_dim", 0), getattr(p, "partition_stride", 1))
         for name, p in global_names(model).items()
@@ -149,9 +155,11 @@ def gather(model, pick=lambda param: param.detach(), differing: list[str] | None
 
 @torch.no_grad()
 def load(model, whole: dict[str, torch.Tensor]) -> None:
-    """Give every parameter its share of the whole weights."""
+    """Give every parameter its share of the whole weights (fp32: ZeRO's master weights as well at stage 3 only)."""
     from megatron.core import parallel_state
+
+    from megatron_qsparse.parallel.partition import write
 
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, param in global_names(model).items():
-        param.copy_(cut(whole[name], param, rank, ranks))
+        write(param, cut(whole[name], param, rank, ranks))

@@ -28,6 +28,8 @@ class Case:
     stage: int = 1
     steps: int = 3
     recompute: bool = False
+    prefetch: int = 0
+    """Of stage 3: elements gathered ahead."""
     without_reset: bool = False
     """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
     two_copies: bool = False
@@ -45,13 +47,17 @@ class History:
 
 
 def make_engine(case: Case, parallel):
-    """The library's engine, with the gradient clipped at 1."""
+    """The library's engine, with the gradient clipped at 1. At stage 3 no parameter is whole longer than it must be."""
+    from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
     adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
-    return ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
+    partition = PartitionSettings(persistence_threshold=0, reuse_distance=0, prefetch=case.prefetch)
+    return ZeroEngine(
+        model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE, partition=partition
+    )  # fmt: skip
 
 
 @functools.cache

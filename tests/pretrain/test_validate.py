@@ -35,7 +35,7 @@ def test_a_good_configuration_has_no_problems_and_its_arithmetic(shards):
         found = validate(_config(shards), world_size)
         assert (found.data_parallel, found.num_micro_batches) == (data_parallel, micro_batches)
         assert found.model.vocab_size % 128 == 0 and found.model.num_query_groups == 4
-    found = validate(_config(shards, parallel__tensor=2, train__micro_batch_size=2), 4)
+    found = validate(_config(shards, parallel__tensor=2, train__micro_batch_size=2, zero__stage=3), 4)
     assert (found.data_parallel, found.num_micro_batches) == (2, 1)
 
 
@@ -62,8 +62,9 @@ PROBLEMS = [
     ({"optimizer__beta1": 1.0}, 1, ["optimizer.beta1=1.0", "[0, 1)"]),
     ({"optimizer__beta2": -0.1}, 1, ["optimizer.beta2=-0.1", "[0, 1)"]),
     ({"format_version": 2}, 1, ["format_version=2", "newer version", "up to 1"]),
-    ({"zero__stage": 3}, 1, ["zero.stage=3", "not sharded yet", "use 1 or 2"]),
-    ({"zero__stage": 0}, 1, ["zero.stage=0", "use 1 or 2"]),
+    ({"zero__stage": 0}, 1, ["zero.stage=0", "fp32 accumulation", "use 1, 2 or 3"]),
+    ({"zero__stage": 4}, 1, ["zero.stage=4", "use 1, 2 or 3"]),
+    ({"zero__stage": 3, "parallel__pipeline": 2}, 2, ["zero.stage=3", "parallel.pipeline=2", "use zero.stage=1 or 2"]),
     ({"parallel__expert": 2}, 1, ["parallel.expert=2", "leave it at 1"]),
     ({"parallel__sequence": True}, 1, ["parallel.sequence=true", "raise parallel.tensor"]),
     ({"parallel__tensor": 2}, 3, ["3 processes", "parallel.tensor=2", "start a multiple of 2"]),
@@ -153,7 +154,7 @@ def test_a_missing_vocabulary_is_not_reported_beside_missing_data():
 
 
 def test_all_problems_are_told_at_once(shards):
-    config = _config(shards, zero__stage=3, train__steps=0, qsparse__keep=2.0)
+    config = _config(shards, zero__stage=0, train__steps=0, qsparse__keep=2.0)
     with pytest.raises(ConfigurationError) as caught:
         validate(config, 1)
     lines = str(caught.value).splitlines()
