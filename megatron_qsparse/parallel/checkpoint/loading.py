@@ -29,6 +29,7 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
         raise ValueError(f"{directory} holds weights only: a run can start from them (load_weights), but not be resumed")
     found = places(engine.model)
     _check(reader, found, ("", *(f"optimizer.{kind}." for kind in STATES)))
+    _release(engine)
     create_adam_state(engine, reader.common["adam_step"])
     _load_buffers(reader, found)
     for spread in spreads(engine, found):
@@ -36,7 +37,7 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
         for kind in STATES:
             whole = reader.read(spread.place, torch.float32, f"optimizer.{kind}.").view(-1) if spread.is_writer else None
             spread.scatter(whole, part_of(engine, spread, kind))
-    _weights_written(engine)
+    engine.weights_changed()
     return _load_generators(engine, reader)
 
 
@@ -58,13 +59,14 @@ def load_weights(target: ZeroEngine | nn.Module, directory: Path) -> None:
             if place.is_parameter:
                 place.tensor.data.copy_(reader.read(place, place.tensor.dtype))
         return
+    _release(target)
     create_adam_state(target, step=0)
     for spread in spreads(target, found):
         _load_weight(target, reader, spread)
         for kind in STATES:
             part = part_of(target, spread, kind)
             part.copy_(_own_weights(target, spread)) if kind == "fp32" else part.zero_()
-    _weights_written(target)
+    target.weights_changed()
 
 
 def _check(reader: Reader, found: Iterable[Place], prefixes: Iterable[str]) -> None:
@@ -78,6 +80,12 @@ def _check(reader: Reader, found: Iterable[Place], prefixes: Iterable[str]) -> N
     if different:
         more = f"\n... and {len(different) - 10} more" if len(different) > 10 else ""
         raise ValueError("\n".join(different[:10]) + more)
+
+
+def _release(engine: ZeroEngine) -> None:
+    """Stage 3 keeps small parameters whole between steps: without that copy, the next forward gathers what is written here."""
+    if engine.stage == 3:
+        engine.optimizer.empty_partition_cache()
 
 
 def _load_buffers(reader: Reader, found: Iterable[Place]) -> None:
@@ -103,15 +111,6 @@ def _own_weights(engine: ZeroEngine, spread: Spread) -> torch.Tensor:
         return part_of(engine, spread, WEIGHT)
     start, length = spread.span
     return spread.place.tensor.data.view(-1).narrow(0, start, length)
-
-
-def _weights_written(engine: ZeroEngine) -> None:
-    if engine.stage == 3 and engine.optimizer.persistent_parameters:
-        # Small parameters are kept whole on every rank: gather them again from the parts that were written.
-        kept = engine.optimizer.persistent_parameters
-        kept[0].partition(kept)
-        kept[0].all_gather(kept)
-    engine.weights_changed()
 
 
 def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:

@@ -10,6 +10,8 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import nn
 
+from megatron_qsparse.parallel.partition import whole_shape
+
 
 @dataclass(frozen=True)
 class Place:
@@ -106,9 +108,9 @@ def _refuse_extra_state(entry: ShardedObject) -> None:
 @contextlib.contextmanager
 def _whole_shapes(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Let tensors that ZeRO-3 emptied show the shape they have in forward (ds_shape), without memory behind it."""
-    empty = {tensor: tensor.data for tensor in tensors if hasattr(tensor, "ds_shape") and tensor.shape != tensor.ds_shape}
+    empty = {tensor: tensor.data for tensor in tensors if tensor.shape != whole_shape(tensor)}
     for tensor, data in empty.items():
-        tensor.data = data.new_empty(1).expand(tensor.ds_shape)
+        tensor.data = data.new_empty(1).expand(whole_shape(tensor))
     try:
         yield
     finally:

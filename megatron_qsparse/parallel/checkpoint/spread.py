@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_qsparse.compat import deepspeed
 from megatron_qsparse.parallel.checkpoint.adam import MOMENTS
 from megatron_qsparse.parallel.checkpoint.places import Place
+from megatron_qsparse.parallel.partition import is_partitioned
 from megatron_qsparse.parallel.zero import ZeroEngine
 
 STATES = ("fp32", *MOMENTS)
@@ -112,14 +113,15 @@ def spreads(engine: ZeroEngine, places: list[Place]) -> list[Spread]:
 
 
 def _group(param: torch.Tensor) -> dist.ProcessGroup:
-    return param.ds_process_group if hasattr(param, "ds_id") else param._dp_group
+    return param.ds_process_group if is_partitioned(param) else param._dp_group
 
 
 def _own_span(engine: ZeroEngine, place: Place) -> tuple[int, int]:
     if engine.stage == 3:
-        start = place.tensor.ds_tensor.numel() * place.tensor.ds_process_group.rank()
-        # The last parts are padded, or nothing but padding.
-        return start, max(0, min(place.tensor.ds_tensor.numel(), place.numel - start))
+        share = place.tensor.ds_tensor.numel()
+        start = share * place.tensor.ds_zero_partition_rank
+        # The last shares are padded, or nothing but padding.
+        return start, max(0, min(share, place.numel - start))
     mapping = place.tensor._hp_mapping
     return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
