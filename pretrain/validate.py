@@ -94,7 +94,8 @@ def _range_problems(config: PretrainConfig) -> list[str]:
     }  # fmt: skip
     not_negative = {
         "train.seed": config.train.seed, "data.workers": config.data.workers, "validation.interval": config.validation.interval,
-        "checkpoint.interval": config.checkpoint.interval, "optimizer.lr": config.optimizer.lr, "optimizer.eps": config.optimizer.eps,
+        "checkpoint.interval": config.checkpoint.interval, "checkpoint.milestone_interval": config.checkpoint.milestone_interval,
+        "optimizer.lr": config.optimizer.lr, "optimizer.eps": config.optimizer.eps,
         "optimizer.weight_decay": config.optimizer.weight_decay, "optimizer.clip": config.optimizer.clip,
         "schedule.warmup_steps": config.schedule.warmup_steps, "schedule.decay_steps": config.schedule.decay_steps,
         "schedule.min_lr": config.schedule.min_lr, "schedule.second_lr": config.schedule.second_lr,
