@@ -115,19 +115,40 @@ def _compare_choices(reference: dict[tuple[str, str], Choices], other: dict[tupl
     clean: torch.Tensor | None = None
     for (kind, name), expected in reference.items():
         here = other[kind, name]
-        assert here.chosen.shape == expected.chosen.shape
         found.entries += expected.chosen.numel()
         if clean is None:
             clean = torch.ones(len(expected.chosen), dtype=torch.bool)
-        flipped = expected.chosen[clean] != here.chosen[clean]
+        # An expert has tokens of all samples.
+        wanted = clean.all()[None] if expected.of_expert else clean
+        if not wanted.any() or not expected.chosen.numel():
+            continue
+        if expected.of_expert and here.inputs.shape == expected.inputs.shape:
+            here = _in_order(expected, here)
+        if here.inputs.shape != expected.inputs.shape:
+            found.unexplained.append(f"{kind} of {name}: {list(here.inputs.shape)} instead of {list(expected.inputs.shape)}")
+            clean[:] = False
+            continue
+        flipped = expected.chosen[wanted] != here.chosen[wanted]
         found.flips += int(flipped.sum())
-        difference = (here.inputs[clean] - expected.inputs[clean]).abs()
-        if difference.numel():
-            found.inputs = max(found.inputs, (_relative(difference, expected.inputs), name))
-        ties = (_mask_ties if kind == "mask" else _code_ties)(expected, here, clean, flipped)
-        if not ties:
+        found.inputs = max(found.inputs, (_relative((here.inputs - expected.inputs)[wanted], expected.inputs), name))
+        if not (_mask_ties if kind == "mask" else _code_ties)(expected, here, wanted, flipped):
             found.unexplained.append(f"{kind} of {name}: {int(flipped.sum())} entries differ that are no near-ties")
-        clean[clean.clone()] = ~flipped.flatten(1).any(1)
+        if expected.of_expert:
+            clean &= not flipped.any()
+        else:
+            clean[wanted] = ~flipped.flatten(1).any(1)
+
+
+def _in_order(expected: Choices, here: Choices) -> Choices:
+    """`here` with its tokens in the order of `expected`, which depends on the dispatcher: the nearest one that is left, each."""
+    distances = torch.cdist(expected.inputs[0].double(), here.inputs[0].double(), compute_mode="donot_use_mm_for_euclid_dist")
+    order = []
+    for row in distances:
+        nearest = int(row.argmin())
+        order.append(nearest)
+        distances[:, nearest] = torch.inf
+    scale = None if here.scale is None else here.scale[:, order]
+    return Choices(here.inputs[:, order], here.chosen[:, order], scale, here.groups)
 
 
 def _mask_ties(expected: Choices, here: Choices, clean: torch.Tensor, flipped: torch.Tensor) -> bool:

@@ -103,10 +103,10 @@ def _no_sum_of_a_tied_embedding(patch) -> None:
 
 
 def _adam_step_reset(patch) -> None:
-    from megatron_qsparse.parallel import checkpoint
+    from megatron_qsparse.parallel.checkpoint import loading
 
-    create = checkpoint._create_adam_state
-    patch.setattr(checkpoint, "_create_adam_state", lambda engine, step: create(engine, 0))
+    create = loading.create_adam_state
+    patch.setattr(loading, "create_adam_state", lambda engine, step: create(engine, 0))
 
 
 def _no_reset_before_each_backward(patch) -> None:

@@ -11,18 +11,26 @@ from tests.parallel.helpers import reports
 
 @dataclass
 class Choices:
-    """What one projection chose in one step: a mask or int8 codes. All tensors [samples, sequence, 1, width], whole.
+    """What one projection chose in one step: a mask or int8 codes; whole, in the order of the global batch.
 
-    Rows are in the order of the global batch.
+    All tensors are [samples, sequence, 1, width]; those of an expert [1, tokens routed to it, width], in the order of its rank.
     """
 
     inputs: torch.Tensor
     chosen: torch.Tensor
     """bool for a mask, int8 for codes."""
     scale: torch.Tensor | None
-    """Of codes, fp32 [samples, sequence, 1, 1]."""
+    """Of codes, fp32 [..., 1]."""
     groups: int
     """Equal slices of the width in which a mask chooses."""
+
+    @property
+    def of_expert(self) -> bool:
+        return self.inputs.dim() == 3
+
+
+def projection_name(module) -> str:
+    return module.settings.name + ("" if module.expert is None else f".expert{module.expert}")
 
 
 @dataclass
@@ -37,8 +45,8 @@ class Recorder:
         # A layer that is recomputed runs twice; the first time without gradients.
         if not torch.is_grad_enabled():
             return
-        key = kind, module.settings.name
-        split = -1 if module.input_is_sharded else (1 if module.config.sequence_parallel else None)
+        key = kind, projection_name(module)
+        split = -1 if module.input_is_sharded else (1 if module.config.sequence_parallel and module.expert is None else None)
         self.places[key] = (split if module.tp_group.size() > 1 else None, module.settings.groups)
         self.pieces.setdefault(key, []).append(tuple(tensor.detach().clone() for tensor in tensors))
 
@@ -49,7 +57,7 @@ class Recorder:
         """
         from megatron.core import parallel_state
 
-        stacked = {key: tuple(torch.stack(parts) for parts in zip(*pieces, strict=True)) for key, pieces in self.pieces.items()}
+        stacked = {key: tuple(_stack(parts) for parts in zip(*pieces, strict=True)) for key, pieces in self.pieces.items()}
         mine = (parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank(), stacked, self.places)
         # Ranks are ordered by tensor-, then data-, then pipeline-parallel rank: later stages append later layers.
         found: dict[tuple[str, str], dict[int, list]] = {}
@@ -61,13 +69,19 @@ class Recorder:
         return {key: _join(key, [by_data[data] for data in sorted(by_data)], *places[key], differing) for key, by_data in found.items()}
 
 
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Micro-batches [sequence, 1, width] become samples; the tokens [tokens, width] of an expert one long list."""
+    return torch.stack(parts) if parts[0].dim() == 3 else torch.cat(parts)[None]
+
+
 def _join(key: tuple[str, str], by_data: list[list[tuple]], split: int | None, groups: int, differing: list[str]) -> Choices:
     """One projection's tensors from (data-parallel rank, tensor-parallel rank)."""
     samples = []
     for shards in by_data:
         inputs, chosen, *scale = (_join_shards(key, list(parts), split, differing) for parts in zip(*shards, strict=True))
         samples.append((inputs, chosen, *scale))
-    inputs, chosen, *scale = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    of_expert = samples[0][0].dim() == 3
+    inputs, chosen, *scale = (torch.cat(parts, dim=1 if of_expert else 0) for parts in zip(*samples, strict=True))
     return Choices(inputs, chosen, scale[0] if scale else None, groups)
 
 

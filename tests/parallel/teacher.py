@@ -7,8 +7,8 @@ import torch
 
 from tests.parallel.comparison import Comparison, Trace, compare
 from tests.parallel.helpers import build, gather, global_names, layout, reports
-from tests.parallel.recording import recording
-from tests.parallel.training import GLOBAL_BATCH, Case, make_engine, take_step
+from tests.parallel.recording import projection_name, recording
+from tests.parallel.training import GLOBAL_BATCH, Case, case_layout, make_engine, take_step
 
 AFTER = (1, 3)
 """Updates done when the reference writes a checkpoint: moments of one update, and of several."""
@@ -63,10 +63,11 @@ def against_reference(rank: int, root: Path, case: Case, after: Iterable[int], b
     from megatron_qsparse.parallel import checkpoint
 
     found = []
-    with layout(case.tensor, case.pipeline, case.sequence, case.expert) as parallel:
+    with case_layout(case) as parallel:
         engine = make_engine(case, parallel)
         for updates in after:
             checkpoint.load(engine, _state(root, updates))
+            _assert_empty(engine)
             traces = [traced_step(engine, _seed(updates, batch, later)) for later in range(1 + following)]
             if rank == 0:
                 expected = [torch.load(_trace(root, updates, batch, later), weights_only=False) for later in range(1 + following)]
@@ -92,12 +93,18 @@ def traced_step(engine, seed: int, samples: int = GLOBAL_BATCH) -> Trace:
     differing: list[str] = []
     with recording(engine.model) as recorder, _kept_gradients(engine):
         result = take_step(engine, seed, samples=samples)
+        _assert_empty(engine)
         trace = Trace(
             result.loss, result.grad_norm, optimizer_tensors(engine, "gradient", differing), optimizer_tensors(engine, None, differing),
             _updates(engine), _alphas(engine.model), {}, differing,
         )  # fmt: skip
     trace.choices = recorder.joined(differing)
     return trace
+
+
+def _assert_empty(engine) -> None:
+    """Nothing would be tested at stage 3 where parameters were whole."""
+    assert engine.stage < 3 or not any(param.numel() for param in engine.model.parameters())
 
 
 def _updates(engine) -> int:
@@ -138,14 +145,14 @@ def optimizer_tensors(engine, kind: str | None, differing: list[str] | None = No
 
     def pick(param):
         full = utils.safe_get_full_fp32_param(param) if kind is None else utils.safe_get_full_optimizer_state(param, kind)
-        return full.view(getattr(param, "ds_shape", param.shape))
+        return full.view(param.shape)
 
     return gather(engine.model, pick, differing, everywhere=False)
 
 
 def _alphas(model) -> dict[str, torch.Tensor]:
     """Rows of one rank may belong to several matrices; as sets they are comparable across layouts."""
-    mine = {m.settings.name: m.ternary.alpha for m in model.modules() if getattr(m, "ternary", None) is not None}
+    mine = {projection_name(m): m.ternary.alpha for m in model.modules() if getattr(m, "ternary", None) is not None}
     everyone = reports(mine, everywhere=False)
     names = {name for report in everyone for name in report}
     return {name: torch.cat([report[name] for report in everyone if name in report]).unique() for name in names}
