@@ -119,7 +119,7 @@ def _compare_choices(reference: dict[tuple[str, str], Choices], other: dict[tupl
         if clean is None:
             clean = torch.ones(len(expected.chosen), dtype=torch.bool)
         # An expert has tokens of all samples.
-        wanted = clean.all()[None] if expected.of_expert else clean
+        wanted = clean.all()[None] if expected.of_expert else clean.clone()
         if not wanted.any() or not expected.chosen.numel():
             continue
         if expected.of_expert and here.inputs.shape == expected.inputs.shape:

@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "tied_bitnet_subln": (small_model(tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)),
     "one_kv_head": (small_model(num_query_groups=1), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
     "moe": (small_model(**EXPERTS), QSparseConfig(), BitNetConfig()),
+    "moe_bitnet_groups": (small_model(**EXPERTS), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
     "moe_bitnet_groups_subln": (
         small_model(**EXPERTS, moe_shared_expert_ffn_hidden_size=64), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)
     ),

@@ -76,8 +76,8 @@ class Pair:
 
 EVERY_LAYOUT = ("dense", "groups", "bitnet_groups_subln")
 """Variants that meet every layout in `make test`."""
-EXPERTS = ("moe", "moe_bitnet_groups_subln")
-EXPERTS_LAYOUTS = ("ep2", "ep2-allgather", "ep2-pp2", "ep2-tp2-sp", "tp2-sp")
+EXPERTS = ("moe", "moe_bitnet_groups", "moe_bitnet_groups_subln")
+EXPERTS_LAYOUTS = ("ep2", "ep2-pp2", "ep2-tp2-sp")
 EVERY_VARIANT = ("tp4", "pp2", "dp2-zero2")
 """Layouts that every variant meets in `make test`."""
 BF16_LAYOUTS = ("dp2", "dp2-zero2", "dp2-zero3", "pp2", "pp2-recompute")
@@ -112,6 +112,10 @@ def possible(pair: Pair) -> bool:
         return False
     # Megatron's experts on tensor-parallel ranks need sequence parallelism, DeepSpeed's ZeRO-3 has no expert groups.
     if model.num_experts and (case.stage == 3 or (case.tensor > 1 and not case.sequence)):
+        return False
+    # SubLN takes out the router's probability, which Megatron multiplies to the input of mlp.down. The terms of the router's
+    # gradient cancel to a thousandth, and so much more visible is their rounding where they are sums over ranks.
+    if pair.variant == "moe_bitnet_groups_subln" and case.tensor > 1:
         return False
     # ZeRO-2 has scattered a tied embedding's gradients before they can be summed. In bf16 two stages round each of its two
     # gradients, one process their sum: test_pipeline compares those with a reference that keeps two copies.

@@ -58,6 +58,7 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
+    _restart_numbering()
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
     if weights is not None:
         load(model, weights)
@@ -69,6 +70,18 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
     )  # fmt: skip
     ENGINES.append(engine)
     return engine
+
+
+def _restart_numbering() -> None:
+    """DeepSpeed numbers the parameters and modules of all engines that a process ever had. At stage 3 it requires the same
+    numbers on all ranks, but a pool's processes have had different ones.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    [modules] = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    modules[0] = 0
 
 
 @functools.cache
