@@ -75,15 +75,16 @@ class Pair:
 
 
 EVERY_LAYOUT = ("dense", "groups", "bitnet_groups_subln")
-"""Variants that meet every layout in `make test`."""
-EXPERTS = ("moe", "moe_bitnet_groups", "moe_bitnet_groups_subln")
-EXPERTS_LAYOUTS = ("ep2", "ep2-pp2", "ep2-tp2-sp")
+"""Variants that meet every one of `MAIN_LAYOUTS` in `make test`; the last one meets the other layouts too."""
+MAIN_LAYOUTS = ("one", "tp2", "tp4", "tp2-sp", "pp2", "pp4", "tp2-pp2", "dp2", "dp4", "dp2-zero2", "dp2-zero3", "recompute")
 EVERY_VARIANT = ("tp4", "pp2", "dp2-zero2")
 """Layouts that every variant meets in `make test`."""
+EXPERTS = ("moe", "moe_bitnet_groups", "moe_bitnet_groups_subln")
+EXPERTS_LAYOUTS = ("ep2", "ep2-pp2", "ep2-tp2-sp")
 BF16_LAYOUTS = ("dp2", "dp2-zero2", "dp2-zero3", "pp2", "pp2-recompute")
 """In bf16 a tensor-parallel rank rounds its partial sum before the sum over ranks, so these only have the reference's numbers."""
 FREE_VARIANTS = ("dense", "groups", "block")
-FREE_LAYOUTS = ("tp2-sp", "tp4", "pp4", "tp2-pp2", "dp4", "dp2-zero2")
+FREE_LAYOUTS = ("tp4", "pp4", "dp2-zero2", "tp2-sp", "tp2-pp2", "dp4", "dp2-zero3")
 FREE_STEPS, FREE_LOSS = 8, 1e-5
 
 FAULTS = [
@@ -124,11 +125,13 @@ def possible(pair: Pair) -> bool:
 
 def pairs() -> list[Pair]:
     """Those of `make test`."""
-    found = [Pair(variant, layout) for layout in LAYOUTS for variant in EVERY_LAYOUT]
+    found = [Pair(variant, layout) for layout in MAIN_LAYOUTS for variant in EVERY_LAYOUT]
+    found += [Pair(EVERY_LAYOUT[-1], layout) for layout in LAYOUTS]
     found += [Pair(variant, layout) for variant in VARIANTS for layout in EVERY_VARIANT]
     found += [Pair(variant, layout) for variant in EXPERTS for layout in EXPERTS_LAYOUTS]
-    found += [Pair("bitnet", "tp2-sp"), Pair("bitnet_groups_subln", "dp2", following=True)]
-    found += [Pair(variant, layout, "bf16") for variant in ("dense", "bitnet_groups_subln") for layout in BF16_LAYOUTS]
+    found += [Pair("bitnet", "tp2-sp"), Pair("dense", "pp2-zero2"), Pair("bitnet_groups_subln", "dp2", following=True)]
+    found += [Pair("dense", layout, "bf16") for layout in ("dp2-zero2", "pp2", "dp2-zero3")]
+    found += [Pair("bitnet_groups_subln", layout, "bf16") for layout in ("dp2", "dp2-zero3", "pp2-recompute")]
     return [pair for pair in dict.fromkeys(found) if possible(pair)]
 
 
@@ -140,4 +143,9 @@ def all_pairs() -> list[Pair]:
 
 
 def free_pairs() -> list[Pair]:
+    """Those of `make test`: each variant on three layouts, each layout at least once."""
+    return [Pair(variant, FREE_LAYOUTS[(3 * i + j) % len(FREE_LAYOUTS)]) for i, variant in enumerate(FREE_VARIANTS) for j in range(3)]
+
+
+def all_free_pairs() -> list[Pair]:
     return [Pair(variant, layout) for variant in FREE_VARIANTS for layout in FREE_LAYOUTS]

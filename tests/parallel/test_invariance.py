@@ -11,11 +11,15 @@ import torch
 from tests.parallel.comparison import Comparison
 from tests.parallel.faults import against_reference_with
 from tests.parallel.helpers import layout
-from tests.parallel.table import FAULTS, FREE_LOSS, FREE_STEPS, LAYERS, Pair, all_pairs, free_pairs, pairs
+from tests.parallel.table import FAULTS, FREE_LOSS, FREE_STEPS, LAYERS, Pair, all_free_pairs, all_pairs, free_pairs, pairs
 from tests.parallel.teacher import AFTER, BATCHES, traced_step, write_reference
 from tests.parallel.training import Case, History, make_engine, train_all
 
 QUICK = pairs()
+
+
+def _marked(every: list[Pair], quick: list[Pair]) -> list:
+    return [pytest.param(pair, id=str(pair), marks=[] if pair in quick else pytest.mark.matrix) for pair in every]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +57,7 @@ def _problems(comparisons: list[Comparison]) -> list[str]:
     return [problem for comparison in comparisons for problem in comparison.problems()]
 
 
-@pytest.mark.parametrize(
-    "pair", [pytest.param(pair, id=str(pair), marks=[] if pair in QUICK else pytest.mark.matrix) for pair in all_pairs()]
-)
+@pytest.mark.parametrize("pair", _marked(all_pairs(), QUICK))
 def test_a_layout_takes_the_steps_of_one_process(pool, reference, invariance_table, pair):
     comparisons = _compared(pool, reference, pair)
     invariance_table.pair(pair, comparisons)
@@ -87,7 +89,7 @@ def free_reference(pool):
     return history
 
 
-@pytest.mark.parametrize("pair", free_pairs(), ids=str)
+@pytest.mark.parametrize("pair", _marked(all_free_pairs(), free_pairs()))
 def test_eight_steps_on_its_own_end_where_one_process_ends(pool, free_reference, invariance_table, pair):
     """Without int8 and ternary rounding, whose near-ties would flip sooner or later."""
     expected = free_reference(pair.variant)
