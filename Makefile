@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint gpu-smoke bench clean
+.PHONY: help install quickstart test test-all lint gpu-smoke bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ quickstart: install ## corpus -> tokenizer -> shards -> four runs -> report (abo
 
 test: $(VENV)/.installed-test ## the test suite (under 25 minutes on two cores)
 	@$(PY) -m pytest
+
+test-all: $(VENV)/.installed-test ## the test suite with the full product of model variants and layouts; its result in invariance.md
+	@$(PY) -m pytest -m "" --invariance-table invariance.md
 
 lint: $(VENV)/.installed-test ## ruff
 	@$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 Projections have the same names everywhere (recipes, metrics, plan): `layers.<i>.attention.qkv`, `layers.<i>.attention.proj`,
 `layers.<i>.mlp.gate_up`, `layers.<i>.mlp.down`, with <i> counted from 0 over the whole model. `layers.-1.*` is the last layer.
+All experts of a layer share the last two names; a shared expert has `layers.<i>.mlp.shared_gate_up` and `.mlp.shared_down`.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from megatron_qsparse.ops.counts import keep_count
 
 Mode = Literal["groups", "block", "global"]
 PROJECTIONS = ("attention.qkv", "attention.proj", "mlp.gate_up", "mlp.down")
-ROW_PROJECTIONS = ("attention.proj", "mlp.down")
+"""Of every layer."""
+SHARED_PROJECTIONS = ("mlp.shared_gate_up", "mlp.shared_down")
+"""Of a layer with a shared expert, besides."""
+ROW_PROJECTIONS = ("attention.proj", "mlp.down", "mlp.shared_down")
 """Projections whose input features are sharded over the tensor-parallel ranks."""
 
 
@@ -36,8 +40,8 @@ class QSparseConfig:
     keep: float = 1.0
     """Kept fraction of the features of each token, in (0, 1]; 1.0 is dense. Read as a decimal: 0.7 is exactly 7/10."""
     mode: Mode = "groups"
-    """How inputs sharded over tensor-parallel ranks (attention.proj, mlp.down) are selected. "groups": K of each of `groups`
-    equal slices. "block": N of every M consecutive features, for every projection (Block Q-Sparse). "global": the exact K
+    """How inputs sharded over tensor-parallel ranks (attention.proj, mlp.down, mlp.shared_down) are selected. "groups": K of each
+    of `groups` equal slices. "block": N of every M consecutive features, for every projection (Block Q-Sparse). "global": the exact K
     largest of the whole width, at the price of a few small all-reduces. The other projections see the whole width and keep
     its exact K (groups, global). Every mode has one meaning for every tensor-parallel size."""
     groups: int = 8
@@ -74,7 +78,11 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallelism: norms and residuals are split along the sequence over the tensor-parallel ranks."""
     expert: int = 1
-    """Expert-parallel ranks."""
+    """Expert-parallel ranks: each holds an equal share of every layer's experts. They are data-parallel ranks for everything
+    else, so this divides the data-parallel size. Each expert is split over the tensor-parallel ranks."""
+    moe_token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts. "alltoall" sends each token where it is needed; "allgather" gathers all of them everywhere,
+    which suits few ranks and many experts per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,7 @@ class ProjectionSettings:
     name: str
     """e.g. "layers.3.mlp.down"."""
     projection: str
-    """One of `PROJECTIONS`."""
+    """One of `PROJECTIONS` or `SHARED_PROJECTIONS`."""
     keep: Fraction = Fraction(1)
     """Kept fraction, exact; 1 means no mask."""
     mode: Mode = "groups"
@@ -132,7 +140,7 @@ def problems(qsparse: QSparseConfig, bitnet: BitNetConfig, widths: dict[str, int
     for where, keep in [("qsparse.keep", qsparse.keep), *((f"qsparse.recipe[{i}].keep", r.keep) for i, r in enumerate(qsparse.recipe))]:
         if keep is not None and not 0 < keep <= 1:
             found.append(f"{where}={keep}: the kept fraction must lie in (0, 1]; 1.0 is dense")
-    found += _recipe_problems(qsparse.recipe, num_layers)
+    found += _recipe_problems(qsparse.recipe, num_layers, list(widths))
     if qsparse.groups < 1 or qsparse.block_m < 1:
         found.append(f"qsparse.groups={qsparse.groups} and qsparse.block_m={qsparse.block_m} must be at least 1")
     if found:
@@ -140,9 +148,9 @@ def problems(qsparse: QSparseConfig, bitnet: BitNetConfig, widths: dict[str, int
     return _mode_problems(qsparse) + _width_problems(qsparse, widths, num_layers, tensor_parallel)
 
 
-def _recipe_problems(recipe: list[RecipeRule], num_layers: int) -> list[str]:
+def _recipe_problems(recipe: list[RecipeRule], num_layers: int, projections: list[str]) -> list[str]:
     found = []
-    names = [(layer, projection) for layer in range(num_layers) for projection in PROJECTIONS]
+    names = [(layer, projection) for layer in range(num_layers) for projection in projections]
     for i, rule in enumerate(recipe):
         where = f"qsparse.recipe[{i}].match={rule.match!r}"
         if rule.keep is None and rule.bitnet is None:

@@ -23,7 +23,7 @@ class ZeroConfig:
     """DeepSpeed ZeRO: what is sharded over the data-parallel ranks."""
 
     stage: int = 1
-    """1: optimizer states and fp32 master weights. 2: gradients as well."""
+    """1: optimizer states and fp32 master weights. 2: gradients as well. 3: weights as well, only without pipeline stages."""
 
 
 @dataclass(kw_only=True)
@@ -120,6 +120,13 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves after the last step and on a signal only."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed after a newer one is complete."""
+    asynchronous: bool = True
+    """Go on training while a checkpoint is written: training waits for a copy in host memory only, about 1/data-parallel-size of
+    a rank's weights and optimizer state, which exists until the files are written. false waits for the files too. The run is
+    the same bit for bit."""
+    milestone_interval: int = 0
+    """Steps between checkpoints of the weights alone, which are kept for ever and from which an evaluation or another run can
+    start; 0 writes none."""
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ import os
 import sys
 
 from data_tools.manifest import Manifest
-from megatron_qsparse.config import PROJECTIONS, resolve
+from megatron_qsparse.config import resolve
 from megatron_qsparse.models.accounting import (
     Layout,
     activated_parameters,
@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> int:
 
 def sections(config: PretrainConfig, world_size: int, model: ModelConfig | None, manifest: Manifest | None):
     """(title, rows) pairs of what can be said; parts that the problems make meaningless are left out."""
-    if model is None or model.num_experts:
+    if model is None:
         return
     try:
         yield "model", model_rows(config, model)
@@ -58,10 +58,20 @@ def sections(config: PretrainConfig, world_size: int, model: ModelConfig | None,
 def model_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, str]]:
     count = parameters(model, subln=config.bitnet.subln)
     activated = activated_parameters(model, expected_sparsity(model, config.qsparse))
-    return [
+    rows = [
         ("shape", f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
                   f"{model.num_query_groups} query groups, vocabulary {model.vocab_size}, {model.activation}"),
         ("parameters", f"{count.total:,}: linears {count.linear:,}, embedding and head {count.embedding + count.head:,}"),
+    ]  # fmt: skip
+    if model.num_experts:
+        shared, coefficient = model.moe_shared_expert_ffn_hidden_size, model.moe_aux_loss_coeff
+        rows += [
+            ("experts", f"{model.num_experts} in each layer, {model.moe_router_topk} for each token"
+                        f"{f', and a shared one of width {shared}' if shared else ''}; load-balancing loss x {coefficient:g}"),
+            ("for one token", f"{activated.linear:,} parameters of the linears, router {count.router:,}"),
+        ]  # fmt: skip
+    return [
+        *rows,
         ("activated", f"{activated.total:,} of the linears by the mask alone ({100 * activated.sparsity:.1f} % skipped)"),
         ("flops", f"{flops_per_token(model, config.data.sequence_length).total:.3e} per token of training, dense"),
     ]  # fmt: skip
@@ -70,8 +80,7 @@ def model_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, st
 def projection_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, str]]:
     """One row for all layers of a projection that share their settings."""
     rows = []
-    for projection in PROJECTIONS:
-        width = projection_shapes(model)[projection][1]
+    for projection, (_, width) in projection_shapes(model).items():
         kinds: dict[str, list[int]] = {}
         for layer in range(model.num_layers):
             settings = resolve(layer, model.num_layers, projection, width, config.qsparse, config.bitnet)
@@ -89,9 +98,11 @@ def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | Non
     train, length = config.train, config.data.sequence_length
     data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
     tokens = train.global_batch_size * length
+    expert = f", expert {config.parallel.expert}" if config.parallel.expert > 1 else ""
     micro_batches = train.global_batch_size / (train.micro_batch_size * data_parallel)
     rows = [
-        ("processes", f"{world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}"),
+        ("processes", f"{world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data_parallel}"
+                      f"{expert}"),
         ("global batch", f"{train.global_batch_size} samples of {length} tokens = {tokens:,} tokens: {micro_batches:g} micro-batches of "
                          f"{train.micro_batch_size} on each rank"),
         ("run", f"{train.steps:,} steps = {train.steps * tokens:,} tokens"),
@@ -106,14 +117,14 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
     parallel = config.parallel
     layout = Layout(
         tensor=parallel.tensor, pipeline=parallel.pipeline, data=max(1, world_size // (parallel.tensor * parallel.pipeline)),
-        sequence=parallel.sequence, zero_stage=config.zero.stage,
+        sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage,
     )  # fmt: skip
     precision = config.train.precision
     memory = memory_per_rank(
         model, layout, config.qsparse, config.bitnet, precision, config.train.micro_batch_size, config.data.sequence_length
     )
     saved = checkpoint_bytes(model, precision, config.bitnet.subln)
-    parts = ("weights", "gradients", "optimizer", "codes", "activations", "total")
+    parts = ("weights", "gradients", "optimizer", "codes", "gathered", "activations", "total")
     return [
         *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
         ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "

@@ -83,7 +83,7 @@ def torchrun(processes: int) -> list[str]:
 
 def settled(flags: list[str]) -> bool:
     """Whether the newest complete checkpoint is that of the last step; if so, MLflow is brought up to date as well."""
-    from pretrain.checkpoints import CheckpointDirectory, step_of
+    from pretrain.checkpoint.directory import CheckpointDirectory, step_of
     from pretrain.config import parse
     from pretrain.tracking import settle
 

@@ -18,7 +18,7 @@ from pretrain.callbacks.checkpointing import SaveCheckpoints, resume
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.validation import Validate
-from pretrain.checkpoints import CheckpointDirectory
+from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
 from pretrain.hardware import choose_device
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
@@ -58,13 +58,16 @@ def run(validated: Validated) -> int:
         groups.destroy()
         return 0
     tracker = _start_tracking(validated, state, resumed is not None) if dist.get_rank() == 0 else None
-    callbacks = [signals, Validate(validated, device), LogMetrics(validated, tracker, device), SaveCheckpoints(checkpoints, validated)]
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True))
+    callbacks = [signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving]
     trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
     status = "FAILED"
     try:
         trainer.fit()
         status = "FINISHED" if trainer.finished else "KILLED"
     finally:
+        if status == "FAILED":
+            saving.close()
         if tracker is not None:
             tracker.close(status)
     if trainer.stop_reason:
@@ -97,7 +100,8 @@ def _batches(validated: Validated, state: TrainerState, device: torch.device) ->
         config.train.global_batch_size, data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=validated.data_parallel, consumed_samples=state.consumed_samples, window_shards=config.data.window_shards,
     )  # fmt: skip
-    for batch in DataLoader(dataset, batch_size=None, num_workers=config.data.workers):
+    # A generator of its own: a loader draws a number for its workers at each start, of which the run's generators must not know.
+    for batch in DataLoader(dataset, batch_size=None, num_workers=config.data.workers, generator=torch.Generator()):
         yield batch["tokens"].to(device)
 
 

@@ -1,98 +1,177 @@
-"""Runs a function on several real processes joined by gloo, for tests of whatever communicates."""
+"""Runs functions on real processes joined by gloo, for tests of whatever communicates.
+
+Starting a process and importing the libraries costs seconds, a process group milliseconds: a `Pool` keeps its processes and
+gives every function a world of its own.
+"""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
-    """`fn(rank, *args)` on `world_size` spawned processes with the default gloo group initialized; returns the ranks' results.
+class Pool:
+    """`size` spawned processes, started by the first `run` and again by the first one after a failure.
 
-    fn, args and results must be picklable; fn is a function of a module's top level. The processes meet through a file, so
-    no port is needed; they run on one thread and may have children of their own (Megatron's checkpoint writer starts one).
-    Raises RuntimeError with the traceback of every rank that failed, TimeoutError after `timeout` seconds; either way all
-    processes are gone afterwards.
+    A context manager; leaving it ends the processes and raises RuntimeError where one does not end by itself.
     """
-    context = multiprocessing.get_context("spawn")
-    payload = pickle.dumps((fn, args))
-    with tempfile.TemporaryDirectory() as folder:
-        processes, receivers = [], []
+
+    def __init__(self, size: int):
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        self._processes: list = []
+        self._connections: list[Connection] = []
+        self._worlds = 0
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
         try:
-            for rank in range(world_size):
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(rank, world_size, f"{folder}/store", payload, sender, timeout))
-                process.start()
-                sender.close()
-                processes.append(process)
-                receivers.append(receiver)
-            return _collect(processes, receivers, time.monotonic() + timeout)
+            if kind is None:
+                self._end()
         finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
+            self._kill()
+            self._folder.cleanup()
+
+    def run(self, fn: Callable, ranks: int, *args: Any, timeout: float = 120) -> list:
+        """`fn(rank, *args)` on the first `ranks` processes with a default gloo group of their own; returns the ranks' results.
+
+        fn, args and results must be picklable; fn is a function of a module's top level. The processes meet through a file, so
+        no port is needed; they run on one thread and may have children of their own (Megatron's checkpoint writer starts one).
+        Raises RuntimeError with the traceback of every rank that failed, TimeoutError with the stacks of those that did not
+        answer within `timeout` seconds. Either way all processes are replaced, so that nothing is left for the next call.
+        """
+        if not 1 <= ranks <= self.size:
+            raise ValueError(f"{ranks} ranks of a pool of {self.size}")
+        if not self._processes:
+            self._start()
+        self._worlds += 1
+        world = f"{self._folder.name}/world{self._worlds}"
+        payload = pickle.dumps((fn, args))
+        try:
+            for rank in range(ranks):
+                self._connections[rank].send((ranks, world, payload, timeout))
+            return self._collect(ranks, world, time.monotonic() + timeout)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            connection, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(connection)
+
+    def _collect(self, ranks: int, world: str, deadline: float) -> list:
+        reports: dict[int, tuple[bool, Any]] = {}
+        while len(reports) < ranks:
+            pending = {self._connections[rank]: rank for rank in range(ranks) if rank not in reports}
+            ready = wait(list(pending), timeout=max(0, deadline - time.monotonic()))
+            if not ready:
+                missing = sorted(pending.values())
+                raise TimeoutError(f"ranks {missing} did not answer in time\n" + "\n".join(_stacks(world, rank) for rank in missing))
+            for connection in ready:
+                reports[pending[connection]] = self._receive(pending[connection], deadline)
+            failures = [f"rank {rank}:\n{report}" for rank, (ok, report) in sorted(reports.items()) if not ok]
+            if failures:
+                raise RuntimeError("\n".join(failures))
+        return [pickle.loads(reports[rank][1]) for rank in range(ranks)]
+
+    def _receive(self, rank: int, deadline: float) -> tuple[bool, Any]:
+        try:
+            return self._connections[rank].recv()
+        except EOFError:
+            self._processes[rank].join(max(0, deadline - time.monotonic()))
+            return False, f"died without a report, exit code {self._processes[rank].exitcode}"
+
+    def _end(self) -> None:
+        for connection in self._connections:
+            connection.send(None)
+        for rank, process in enumerate(self._processes):
+            process.join(30)
+            if process.exitcode != 0:
+                raise RuntimeError(f"rank {rank} gave its results, but then ended with exit code {process.exitcode} (None: it hung)")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            process.join()
+            connection.close()
+        self._processes, self._connections = [], []
 
 
-def _collect(processes: list, receivers: list[Connection], deadline: float) -> list:
-    reports: dict[int, tuple[bool, Any]] = {}
-    while len(reports) < len(processes):
-        pending = [receiver for rank, receiver in enumerate(receivers) if rank not in reports]
-        ready = wait(pending, timeout=max(0, deadline - time.monotonic()))
-        if not ready:
-            missing = [rank for rank in range(len(processes)) if rank not in reports]
-            raise TimeoutError(f"ranks {missing} did not answer in time; their stacks are on stderr")
-        for receiver in ready:
-            rank = receivers.index(receiver)
-            reports[rank] = _receive(receiver, processes[rank], deadline)
-        failures = [f"rank {rank}:\n{report}" for rank, (ok, report) in sorted(reports.items()) if not ok]
-        if failures:
-            raise RuntimeError("\n".join(failures))
-    for rank, process in enumerate(processes):
-        process.join(max(0, deadline - time.monotonic()))
-        if process.exitcode != 0:
-            raise RuntimeError(f"rank {rank} gave its result, but then ended with exit code {process.exitcode} (None: it hung)")
-    return [pickle.loads(reports[rank][1]) for rank in range(len(processes))]
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
+    """`Pool.run` on processes of its own, which are gone afterwards."""
+    with Pool(world_size) as pool:
+        return pool.run(fn, world_size, *args, timeout=timeout)
 
 
-def _receive(receiver: Connection, process, deadline: float) -> tuple[bool, Any]:
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join(max(0, deadline - time.monotonic()))
-        return False, f"died without a report, exit code {process.exitcode}"
+def _stacks(world: str, rank: int) -> str:
+    """Where a rank hung; each one writes it down shortly before the parent gives up."""
+    path = Path(f"{world}.stacks{rank}")
+    return f"rank {rank} hung at:\n{path.read_text() if path.exists() else '(it had not started)'}"
 
 
-def _child(rank: int, world_size: int, store: str, payload: bytes, sender: Connection, timeout: float) -> None:
-    # Shortly before the parent gives up, each rank shows where it hangs.
-    faulthandler.dump_traceback_later(0.9 * timeout)
+def _serve(rank: int, connection: Connection) -> None:
+    """A pool's process: one function after another, until it receives None or fails."""
     # On a machine with GPUs Megatron and DeepSpeed would take them; these processes are joined by gloo.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     # Without this gloo resolves the host name, which fails on machines without a network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
+    while (job := connection.recv()) is not None:
+        try:
+            _run_in_world(rank, connection, *job)
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+            raise SystemExit(1) from None
+
+
+def _run_in_world(rank: int, connection: Connection, world_size: int, world: str, payload: bytes, timeout: float) -> None:
+    with open(f"{world}.stacks{rank}", "w") as stacks:
+        faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        os.environ["WORLD_SIZE"] = str(world_size)
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo", store=dist.FileStore(world, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         fn, args = pickle.loads(payload)
         # Pickled here, by value: tensors sent through multiprocessing would live in memory that ends with this process.
         result = pickle.dumps(fn(rank, *args))
-    except BaseException:
-        sender.send((False, traceback.format_exc()))
-        raise SystemExit(1) from None
-    sender.send((True, result))
-    if dist.is_initialized():
-        # Nobody leaves while a slower rank still needs it.
-        dist.barrier()
+        if dist.is_initialized():
+            # Nobody leaves while a slower rank still needs it.
+            dist.barrier()
+            _leave_world()
+        faulthandler.cancel_dump_traceback_later()
+    connection.send((True, result))
+
+
+def _leave_world() -> None:
+    """Destroy all process groups, with what DeepSpeed remembers of them where it was used."""
+    import torch.distributed as dist
+
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
         dist.destroy_process_group()
+    # Models in reference cycles keep their groups, and a group its sockets and threads.
+    gc.collect()

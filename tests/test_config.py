@@ -120,6 +120,15 @@ def test_misfits_are_told_with_field_and_numbers(fields, tensor_parallel, words)
         assert word in found
 
 
+def test_a_shared_expert_is_matched_by_recipes_where_there_is_one():
+    recipe = [RecipeRule(match="*.mlp.shared_down", keep=0.5)]
+    assert "matches no projection" in _problems(recipe=recipe)[0]
+    widths = {**WIDTHS, "mlp.shared_gate_up": 256, "mlp.shared_down": 96}
+    assert not problems(QSparseConfig(recipe=recipe), BitNetConfig(), widths, 4, 1)
+    settings = resolve(0, 4, "mlp.shared_down", 96, QSparseConfig(recipe=recipe), BitNetConfig(subln=True))
+    assert (settings.k(96), settings.groups, settings.subln) == (6, 8, True)
+
+
 def test_a_misfit_is_told_once_per_projection():
     found = _problems(4, keep=0.5, mode="block", block_m=128)
     assert len(found) == 2 and "attention.proj" in found[0] and "mlp.down" in found[1]

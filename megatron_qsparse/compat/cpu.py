@@ -13,23 +13,42 @@ import types
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 
 PATCHES = {
     "megatron.core.models.common.embeddings.rotary_pos_embedding": "inv_freq goes to torch.cuda.current_device() (line 162)",
     "megatron.core.tensor_parallel.layers": "sequence-parallel buffers on torch.cuda.current_device() (lines 552, 597)",
-    "megatron.core.tensor_parallel.mappings": "gather and scatter buffers on torch.cuda.current_device() (lines 91, 141, 181)",
+    "megatron.core.tensor_parallel.mappings": "gather, scatter and all-to-all buffers on torch.cuda.current_device() (lines 91, "
+    "141, 148, 181, 442); an all_gather of shards of different lengths (line 151), which gloo refuses",
     "megatron.core.tensor_parallel.random": "the RNG tracker keeps CUDA generator states (line 190)",
+    "megatron.core.transformer.moe.router": "a router's weight goes to torch.cuda.current_device() (line 90)",
+    "megatron.core.transformer.moe.token_dispatcher": "the all-to-all dispatcher makes a CUDA stream and event (lines 445, 871-899)",
     "megatron.core.utils": "GlobalMemoryBuffer allocates on torch.cuda.current_device() (line 631)",
     "megatron.core.pipeline_parallel.schedules": 'total_num_tokens on device="cuda" (lines 596, 983, 2138)',
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers on torch.cuda.current_device() (lines 313, 321)",
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "torch.cuda.synchronize before writing (line 230)",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "failure flag on torch.cuda.current_device() (line 252)",
 }
-"""Module -> what in it needs CUDA, by the line numbers of megatron-core 0.16.1. `_use_cpu_generator` replaces three names more."""
+"""Module -> what in it needs CUDA, by the line numbers of megatron-core 0.16.1. `_use_cpu_generator` replaces three names more and
+`_use_host_splits` one."""
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "randn", "rand")
+
+
+class _NoStream:
+    """Stream and event of a device that does everything in order."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def record_event(self) -> "_NoStream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+_STREAM = _NoStream()
 
 
 class _CudaView(types.ModuleType):
@@ -45,15 +64,38 @@ class _CudaView(types.ModuleType):
     synchronize = staticmethod(lambda device=None: None)
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+    Stream = staticmethod(lambda: _STREAM)
+    current_stream = staticmethod(lambda: _STREAM)
+    stream = staticmethod(lambda stream: contextlib.nullcontext())
     manual_seed = staticmethod(lambda seed: torch.default_generator.manual_seed(seed) and None)
 
 
+class _DistributedView(types.ModuleType):
+    """torch.distributed, with an all_gather that takes shards of different lengths on gloo as it does on nccl."""
+
+    def __init__(self):
+        super().__init__("torch.distributed")
+
+    def __getattr__(self, name):
+        return getattr(dist, name)
+
+    @staticmethod
+    def all_gather(tensor_list, tensor, group=None):
+        if len({part.shape for part in tensor_list}) == 1:
+            return dist.all_gather(tensor_list, tensor, group=group)
+        for source, part in enumerate(tensor_list):
+            if source == dist.get_rank(group):
+                part.copy_(tensor)
+            dist.broadcast(part, group=group, group_src=source)
+
+
 class _TorchView(types.ModuleType):
-    """torch, with `.cuda` replaced and device="cuda" read as the CPU by the tensor factories."""
+    """torch, with `.cuda` and `.distributed` replaced and device="cuda" read as the CPU by the tensor factories."""
 
     def __init__(self):
         super().__init__("torch")
         self.cuda = _CudaView()
+        self.distributed = _DistributedView()
         for name in _FACTORIES:
             setattr(self, name, self._on_cpu(getattr(torch, name)))
 
@@ -89,6 +131,7 @@ def enable() -> None:
     for name in PATCHES:
         importlib.import_module(name).torch = _VIEW
     _use_cpu_generator()
+    _use_host_splits()
 
 
 def _use_cpu_generator() -> None:
@@ -112,6 +155,18 @@ def _use_cpu_generator() -> None:
             torch.set_rng_state(outside)
 
     random.CudaRNGStatesTracker.fork = fork
+
+
+def _use_host_splits() -> None:
+    """The dispatcher's split sizes become numpy arrays where they come from a CUDA device (moe_utils.py line 1093); from a CPU they
+    stay tensors, which `all_to_all_single` refuses.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
 
 
 @contextlib.contextmanager

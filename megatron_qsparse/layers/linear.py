@@ -21,7 +21,11 @@ from megatron_qsparse.ops.topk import topk_mask
 
 
 class _SparseLinear:
-    """What both linears share. `settings` comes from the layer spec; without sparsity, BitNet or SubLN they are Megatron's own."""
+    """What both linears share. `settings` comes from the layer spec; without sparsity, BitNet or SubLN they are Megatron's own.
+
+    Inside an expert `tp_group` is the expert tensor-parallel group, the input is [tokens routed here, features], possibly none,
+    and Megatron's dispatcher does the communication around it.
+    """
 
     input_is_sharded = False
 
@@ -30,6 +34,8 @@ class _SparseLinear:
         if settings.quantized and (self.gradient_accumulation_fusion or self.bias is not None):
             raise ValueError(f"{settings.name}: a quantized linear needs gradient_accumulation_fusion=False and add_bias_linear=False")
         self.settings = settings
+        self.expert: int | None = None
+        """Number of the expert among those of its layer, over all ranks; None outside of experts."""
         # Never a class attribute: it would hide the submodule of this name, which nn.Module finds by __getattr__ only.
         self.sub_norm: SubLayerNorm | None = None
         self.meter = SparsityMeter()
@@ -76,7 +82,7 @@ class _SparseLinear:
 
 
 class SparseColumnParallelLinear(_SparseLinear, ColumnParallelLinear):
-    """attention.qkv and mlp.gate_up: outputs are sharded, the input's features are whole on every rank.
+    """attention.qkv, mlp.gate_up and mlp.shared_gate_up: outputs are sharded, the input's features are whole on every rank.
 
     With sequence parallelism the input is [sequence / ranks, batch, hidden]: mask and scale are per token, so they are taken
     on the shard, before the all-gather.
@@ -84,7 +90,9 @@ class SparseColumnParallelLinear(_SparseLinear, ColumnParallelLinear):
 
 
 class SparseRowParallelLinear(_SparseLinear, RowParallelLinear):
-    """attention.proj and mlp.down: the input's features are sharded, input [sequence, batch, width / ranks]."""
+    """attention.proj, mlp.down and mlp.shared_down: the input's features are sharded, input [sequence, batch, width / ranks],
+    in an expert [tokens, width / ranks].
+    """
 
     input_is_sharded = True
 
@@ -94,6 +102,8 @@ class SparseRowParallelLinear(_SparseLinear, RowParallelLinear):
             self.sub_norm = SubLayerNorm(
                 self.input_size, self.input_size_per_partition, self.config.layernorm_epsilon, self.config.params_dtype, self.tp_group
             )
+            # Whether it is an expert's, on more than one expert-parallel rank: DeepSpeed reduces those over other ranks.
+            self.sub_norm.weight.allreduce = self.weight.allreduce
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Weight sharded along axis 1, SubLN's along axis 0."""

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
-from megatron_qsparse.config import PROJECTIONS
+from megatron_qsparse.config import PROJECTIONS, SHARED_PROJECTIONS
+
+_ROWS = (*PROJECTIONS, *SHARED_PROJECTIONS)
 
 
 class SparsityMeter:
@@ -55,15 +57,15 @@ class SparsityMeters:
                 linear.meter.active = was
 
     def stop(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Stop counting. Fraction of zeros by projection name, over all layers and tokens of `group` (None: the whole world).
+        """Stop counting. Fraction of zeros by projection name, over all layers, experts and tokens of `group` (None: the whole world).
 
         One all-reduce. Projections that no rank has seen are left out.
         """
-        totals = torch.zeros(len(PROJECTIONS), 2, dtype=torch.int64, device=self.device)
+        totals = torch.zeros(len(_ROWS), 2, dtype=torch.int64, device=self.device)
         for linear in self.linears:
             if linear.meter.counts is not None:
-                totals[PROJECTIONS.index(linear.settings.projection)] += linear.meter.counts
+                totals[_ROWS.index(linear.settings.projection)] += linear.meter.counts
             linear.meter.active = False
         if dist.is_initialized():
             dist.all_reduce(totals, group=group)
-        return {name: 1 - nonzero / entries for name, (nonzero, entries) in zip(PROJECTIONS, totals.tolist(), strict=True) if entries}
+        return {name: 1 - nonzero / entries for name, (nonzero, entries) in zip(_ROWS, totals.tolist(), strict=True) if entries}

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_qsparse.config import ROW_PROJECTIONS, BitNetConfig, QSparseConfig, resolve
 from megatron_qsparse.layers.attention import SDPAttention
 from megatron_qsparse.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megatron_qsparse.layers.moe import moe_spec
 from megatron_qsparse.layers.norm import RMSNorm
 
 
@@ -31,9 +32,11 @@ def block_spec(
 
 def _layer_spec(config: TransformerConfig, layer: int, qsparse: QSparseConfig, bitnet: BitNetConfig) -> ModuleSpec:
     attention_width = config.kv_channels * config.num_attention_heads
+    experts, shared_width = config.num_moe_experts, config.moe_shared_expert_intermediate_size
     widths = {
         "attention.qkv": config.hidden_size, "attention.proj": attention_width,
-        "mlp.gate_up": config.hidden_size, "mlp.down": config.ffn_hidden_size,
+        "mlp.gate_up": config.hidden_size, "mlp.down": config.moe_ffn_hidden_size if experts else config.ffn_hidden_size,
+        "mlp.shared_gate_up": config.hidden_size, "mlp.shared_down": shared_width,
     }  # fmt: skip
 
     def linear(projection: str) -> ModuleSpec:
@@ -52,7 +55,10 @@ def _layer_spec(config: TransformerConfig, layer: int, qsparse: QSparseConfig, b
             k_layernorm=IdentityOp,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
+    if experts:
+        mlp = moe_spec(linear, shared=shared_width is not None)
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -1,16 +1,17 @@
 """What a model costs, by arithmetic alone: parameters, activated parameters, FLOPs per token, memory per rank.
 
 No torch in here, so that a plan is printed at once. Every function takes a resolved `ModelConfig` (`presets.apply_preset`)
-and raises ValueError for one with unset fields or with experts, whose counts depend on the router.
+and raises ValueError for one with unset fields.
 
-The unit of sparsity is the projection: one fused linear of a layer and the input it multiplies (`config.PROJECTIONS`).
-"Activated" always means: of the projections' weights, the columns that meet a non-zero input.
+The unit of sparsity is the projection: one fused linear of a layer and the input it multiplies (`config.PROJECTIONS`); the
+experts of a layer share their two. "Activated" always means: of the projections' weights that a token passes, the columns
+that meet a non-zero input; of a mixture of experts a token passes the chosen ones, the shared one and the router.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_qsparse.config import PROJECTIONS, BitNetConfig, QSparseConfig, resolve
+from megatron_qsparse.config import PROJECTIONS, ROW_PROJECTIONS, SHARED_PROJECTIONS, BitNetConfig, QSparseConfig, resolve
 from megatron_qsparse.models.config import ModelConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -18,18 +19,34 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OPTIMIZER_BYTES = 12
 """Per parameter: fp32 master weight and Adam's two moments. DeepSpeed keeps the master copy in fp32 training as well."""
 
+GATHERED_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps at most about so many elements of gathered weights whole at a time; DeepSpeed's own default."""
+
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each projection of one layer, over all tensor-parallel ranks."""
-    _require_dense(model)
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    """(outputs, inputs) of each projection of one layer, over all tensor-parallel ranks; of one expert where there are several."""
+    _require_resolved(model)
+    hidden, ffn = model.hidden_size, model.moe_ffn_hidden_size if model.num_experts else model.ffn_hidden_size
     key_value = hidden // model.num_attention_heads * model.num_query_groups
-    return {
+    shapes = {
         "attention.qkv": (hidden + 2 * key_value, hidden),
         "attention.proj": (hidden, hidden),
         "mlp.gate_up": (2 * ffn, hidden),
         "mlp.down": (hidden, ffn),
     }
+    if shared := model.moe_shared_expert_ffn_hidden_size:
+        shapes |= {"mlp.shared_gate_up": (2 * shared, hidden), "mlp.shared_down": (hidden, shared)}
+    return shapes
+
+
+def expert_copies(model: ModelConfig, projection: str) -> int:
+    """How many experts of a layer have this projection; 1 for what is not in an expert."""
+    return model.num_experts if model.num_experts and projection in ("mlp.gate_up", "mlp.down") else 1
+
+
+def copies_per_token(model: ModelConfig, projection: str) -> int:
+    """How many of them one token passes."""
+    return model.moe_router_topk if expert_copies(model, projection) > 1 else 1
 
 
 def projection_widths(model: ModelConfig) -> dict[str, int]:
@@ -45,9 +62,11 @@ class ParameterCount:
     head: int
     """0 where the head is tied to the embedding."""
     projections: dict[str, int]
-    """Summed over the layers."""
+    """Summed over the layers and experts."""
     norms: int
     subln: int
+    router: int = 0
+    """Of all layers; dense and never quantized."""
 
     @property
     def linear(self) -> int:
@@ -56,19 +75,20 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        return self.embedding + self.head + self.linear + self.norms + self.subln
+        return self.embedding + self.head + self.linear + self.norms + self.subln + self.router
 
 
 def parameters(model: ModelConfig, subln: bool = False) -> ParameterCount:
-    """Parameters by kind; subln: whether `bitnet.subln` adds its two norms a layer."""
+    """Parameters by kind; subln: whether `bitnet.subln` adds its norms before attention.proj and each (expert's) mlp.down."""
     layers, hidden = model.num_layers, model.hidden_size
     shapes = projection_shapes(model)
     return ParameterCount(
         embedding=model.vocab_size * hidden,
         head=0 if model.tied_embeddings else model.vocab_size * hidden,
-        projections={name: layers * outputs * inputs for name, (outputs, inputs) in shapes.items()},
+        projections={name: layers * expert_copies(model, name) * outputs * inputs for name, (outputs, inputs) in shapes.items()},
         norms=(2 * layers + 1) * hidden,
-        subln=layers * (hidden + model.ffn_hidden_size) if subln else 0,
+        subln=layers * sum(expert_copies(model, name) * shapes[name][1] for name in shapes if name in ROW_PROJECTIONS) if subln else 0,
+        router=layers * model.num_experts * hidden,
     )
 
 
@@ -78,28 +98,30 @@ class ActivatedParameters:
 
     by_projection: dict[str, float]
     linear: int
-    """The same linears, all counted."""
+    """The linears that the token passes, counted whole."""
+    router: int = 0
 
     @property
     def total(self) -> int:
-        return round(sum(self.by_projection.values()))
+        return round(sum(self.by_projection.values())) + self.router
 
     @property
     def sparsity(self) -> float:
-        """Overall: the fraction of the linears' parameters that is skipped."""
+        """Overall: the fraction of `linear` that is skipped. Experts that the token does not pass are no part of it."""
         return 1 - sum(self.by_projection.values()) / self.linear
 
 
 def activated_parameters(model: ModelConfig, sparsity_by_projection: dict[str, float]) -> ActivatedParameters:
-    """Sum over the non-embedding linears of parameters * fraction of non-zero inputs, as in Q-Sparse's Table 2.
+    """Sum over the non-embedding linears that a token passes of parameters * fraction of non-zero inputs, as in Q-Sparse's Table 2.
 
     sparsity_by_projection: fraction of zeros in the input of each projection, in [0, 1], averaged over tokens and layers;
-    a projection that is not named is dense and counted whole. Embedding, head and norms are not counted at all.
+    a projection that is not named is dense and counted whole. The router is dense. Embedding, head and norms are not counted.
     Raises ValueError for an unknown projection or a fraction outside [0, 1].
     """
     density = _densities(sparsity_by_projection)
     count = parameters(model)
-    return ActivatedParameters({name: density[name] * n for name, n in count.projections.items()}, count.linear)
+    passed = {name: n // expert_copies(model, name) * copies_per_token(model, name) for name, n in count.projections.items()}
+    return ActivatedParameters({name: density[name] * n for name, n in passed.items()}, sum(passed.values()), count.router)
 
 
 def expected_sparsity(model: ModelConfig, qsparse: QSparseConfig) -> dict[str, float]:
@@ -129,7 +151,7 @@ class Flops:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
-    """Dense training FLOPs: 6 per weight of projections and head, plus causal attention.
+    """Dense training FLOPs: 6 per weight of the projections that a token passes, router and head, plus causal attention.
 
     Attention multiplies each query with the (sequence_length + 1) / 2 keys and values it sees on average: 4 * hidden_size
     operations per pair and layer, twice that in the backward. Recomputation, norms, activations and the embedding look-up
@@ -143,12 +165,12 @@ def activated_flops_per_token(model: ModelConfig, sequence_length: int, sparsity
 
     Of a projection with N weights and a fraction d of non-zero inputs, these are: forward Y = X W^T, 2Nd; weight gradient
     dY^T X, 2Nd, since it uses the same sparse X; input gradient dY W, 2N, since the straight-through estimator makes it
-    dense (Q-Sparse sec. 2.3). Head and attention are dense. `forward` is what an inference engine that skips zeros
+    dense (Q-Sparse sec. 2.3). Router, head and attention are dense. `forward` is what an inference engine that skips zeros
     computes for a token. Arguments and errors as in `activated_parameters`.
     """
     activated = activated_parameters(model, sparsity_by_projection)
     nonzero = sum(activated.by_projection.values())
-    head = 2 * model.vocab_size * model.hidden_size
+    head = 2 * (model.vocab_size * model.hidden_size + activated.router)
     attention = model.num_layers * 4 * model.hidden_size * (sequence_length + 1) / 2
     return Flops(2 * nonzero + head + attention, 2 * nonzero + 2 * activated.linear + 2 * head + 2 * attention)
 
@@ -161,11 +183,13 @@ class Memory:
     gradients: float
     optimizer: float
     codes: float
+    gathered: float
+    """Weights that ZeRO-3 makes whole for the modules at work, besides this rank's shares of them."""
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.codes + self.activations
+        return self.weights + self.gradients + self.optimizer + self.codes + self.gathered + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +201,10 @@ class Layout:
     data: int = 1
     sequence: bool = False
     """Sequence parallelism: shards what is otherwise whole on each tensor-parallel rank."""
+    expert: int = 1
+    """Expert-parallel ranks, which divide `data`. Experts' optimizer states are sharded over data / expert ranks."""
     zero_stage: int = 1
-    """1 shards optimizer states over the data-parallel ranks, 2 gradients as well."""
+    """1 shards optimizer states over the data-parallel ranks, 2 gradients as well, 3 weights as well."""
 
 
 def memory_per_rank(
@@ -188,12 +214,13 @@ def memory_per_rank(
     """Memory of the rank that needs most, which is on the first or the last pipeline stage.
 
     weights: in `precision`. gradients: fp32 accumulation buffers. optimizer: `OPTIMIZER_BYTES`. codes: one byte for each
-    parameter of a quantized projection. activations: an estimate of what autograd keeps, without recomputation, allocator
-    slack or communication buffers; stage s of p holds p - s micro-batches (1F1B).
-    Raises ValueError where the layers do not divide among the stages or the ZeRO stage is neither 1 nor 2.
+    parameter of a quantized projection, none with ZeRO-3, which makes them anew at each use. activations: an estimate of what
+    autograd keeps, without recomputation, allocator slack or communication buffers; stage s of p holds p - s micro-batches (1F1B).
+    Experts are taken as equally loaded. Raises ValueError where the layers do not divide among the stages or the ZeRO stage is
+    not 1, 2 or 3.
     """
-    if layout.zero_stage not in (1, 2):
-        raise ValueError(f"zero.stage={layout.zero_stage}: memory is known for stages 1 and 2")
+    if layout.zero_stage not in (1, 2, 3):
+        raise ValueError(f"zero.stage={layout.zero_stage}: memory is known for stages 1, 2 and 3")
     if model.num_layers % layout.pipeline:
         raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={layout.pipeline}")
     stages = {0, layout.pipeline - 1}
@@ -214,63 +241,98 @@ def _stage_memory(
     shapes = projection_shapes(model)
     per_stage = model.num_layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
-    quantized = activations = norms = 0
+    element = ELEMENT_BYTES[precision]
+    matrices, experts = _layer_matrices(model, shapes, layout)
+    held, held_experts = per_stage * matrices, per_stage * experts
+    codes = activations = 0
     for layer in range(stage * per_stage, (stage + 1) * per_stage):
         settings = {n: resolve(layer, model.num_layers, n, inputs, qsparse, bitnet) for n, (_, inputs) in shapes.items()}
-        quantized += sum(outputs * inputs for n, (outputs, inputs) in shapes.items() if settings[n].quantized)
+        codes += sum(_held_here(model, name, shapes, layout) for name in shapes if settings[name].quantized)
         activations += _layer_activation_bytes(model, layout, settings, precision)
-        norms += 2 * model.hidden_size + (bitnet.subln * (model.hidden_size + model.ffn_hidden_size)) / layout.tensor
-    matrices = per_stage * sum(outputs * inputs for outputs, inputs in shapes.values())
+        held += 2 * model.hidden_size
+        for name in (n for n in shapes if settings[n].subln):
+            width = shapes[name][1] * expert_copies(model, name) / layout.tensor
+            if expert_copies(model, name) > 1:
+                held_experts += width / layout.expert
+            else:
+                held += width
     # A tied head on its own stage still holds a copy of the embedding.
     tables = first + last if not (model.tied_embeddings and layout.pipeline == 1) else 1
-    matrices += tables * model.vocab_size * model.hidden_size
-    held = matrices / layout.tensor + norms + last * model.hidden_size
+    held += tables * model.vocab_size * model.hidden_size / layout.tensor + last * model.hidden_size
     in_flight = layout.pipeline - stage
     # Vocabulary-parallel cross entropy keeps the logits in `precision` and their exponentials in fp32.
-    logits = last * model.vocab_size / layout.tensor * (ELEMENT_BYTES[precision] + 4)
+    logits = last * model.vocab_size / layout.tensor * (element + 4)
+    partitioned = layout.zero_stage == 3
+    sharded = held / layout.data + held_experts / (layout.data / layout.expert)
     return Memory(
-        weights=held * ELEMENT_BYTES[precision],
-        gradients=held * 4 / (layout.data if layout.zero_stage == 2 else 1),
-        optimizer=held * OPTIMIZER_BYTES / layout.data,
-        codes=quantized / layout.tensor,
+        weights=(sharded if partitioned else held + held_experts) * element,
+        gradients=4 * (sharded if layout.zero_stage >= 2 else held + held_experts),
+        optimizer=sharded * OPTIMIZER_BYTES,
+        codes=0 if partitioned else codes,
+        gathered=min(held + held_experts, GATHERED_ELEMENTS) * element if partitioned else 0,
         activations=tokens * (in_flight * activations + logits),
     )
+
+
+def _held_here(model: ModelConfig, projection: str, shapes: dict, layout: Layout) -> float:
+    """Weights of one layer's projection on one rank."""
+    outputs, inputs = shapes[projection]
+    copies = expert_copies(model, projection)
+    return outputs * inputs * copies / layout.tensor / (layout.expert if copies > 1 else 1)
+
+
+def _layer_matrices(model: ModelConfig, shapes: dict, layout: Layout) -> tuple[float, float]:
+    """(weights of one layer's matrices on one rank outside of experts, and in experts)."""
+    held = {name: _held_here(model, name, shapes, layout) for name in shapes}
+    experts = sum(n for name, n in held.items() if expert_copies(model, name) > 1)
+    return sum(held.values()) - experts + model.num_experts * model.hidden_size, experts
 
 
 def _layer_activation_bytes(model: ModelConfig, layout: Layout, settings: dict, precision: Precision) -> float:
     """Bytes that one layer keeps per token for its backward."""
     element = ELEMENT_BYTES[precision]
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden = model.hidden_size
     whole = layout.tensor if layout.sequence else 1
     # Codes are one byte; a dense or masked input is kept as it is.
     operand = {name: 1 if s.quantized else element for name, s in settings.items()}
     kept = 2 * hidden * element / whole
-    kept += hidden * (operand["attention.qkv"] + operand["mlp.gate_up"]) / whole
+    kept += hidden * operand["attention.qkv"] / whole
     sharded = projection_shapes(model)["attention.qkv"][0] * element + 4 * model.num_attention_heads
     # Attention keeps its output; a projection that changes it (mask, codes) keeps its own operand besides.
     sharded += hidden * element
     if settings["attention.proj"].sparse or settings["attention.proj"].quantized:
         sharded += hidden * operand["attention.proj"]
-    # gate and up, relu(gate) and its square (or the SiLU), then the operand of down.
-    sharded += 4 * ffn * element + ffn * operand["mlp.down"]
-    if settings["mlp.down"].subln:
-        sharded += (hidden + ffn) * element
+    if settings["attention.proj"].subln:
+        sharded += hidden * element
+    for name in ("mlp.", "mlp.shared_"):
+        if f"{name}down" not in settings:
+            continue
+        chosen, expert = copies_per_token(model, f"{name}down"), expert_copies(model, f"{name}down") > 1
+        ffn = projection_shapes(model)[f"{name}down"][1]
+        # An expert's input is whole on every tensor-parallel rank: the dispatcher gathers it.
+        kept += chosen * hidden * operand[f"{name}gate_up"] / (1 if expert else whole)
+        # gate and up, relu(gate) and its square (or the SiLU), then the operand of down.
+        sharded += chosen * (4 * ffn * element + ffn * operand[f"{name}down"])
+        if settings[f"{name}down"].subln:
+            sharded += chosen * ffn * element
+    if model.num_experts:
+        # The router's input, and its logits, scores and probabilities in fp32.
+        kept += (hidden * element + 3 * 4 * model.num_experts) / whole
     return kept + sharded / layout.tensor
 
 
 def _densities(sparsity_by_projection: dict[str, float]) -> dict[str, float]:
+    names = (*PROJECTIONS, *SHARED_PROJECTIONS)
     for name, sparsity in sparsity_by_projection.items():
-        if name not in PROJECTIONS:
-            raise ValueError(f"{name!r} is no projection; they are {', '.join(PROJECTIONS)}")
+        if name not in names:
+            raise ValueError(f"{name!r} is no projection; they are {', '.join(names)}")
         if not 0 <= sparsity <= 1:
             raise ValueError(f"the sparsity of {name} is a fraction of zeros in [0, 1], not {sparsity}")
-    return {name: 1 - sparsity_by_projection.get(name, 0.0) for name in PROJECTIONS}
+    return {name: 1 - sparsity_by_projection.get(name, 0.0) for name in names}
 
 
-def _require_dense(model: ModelConfig) -> None:
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+def _require_resolved(model: ModelConfig) -> None:
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size", "num_experts")
     unset = [name for name in names if getattr(model, name) is None]
     if unset:
         raise ValueError(f"model.{unset[0]} is not set: fill the model with presets.apply_preset first")
-    if model.num_experts:
-        raise ValueError(f"model.num_experts={model.num_experts}: accounting covers dense models only")

@@ -20,6 +20,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     All fusions that need CUDA extensions are off: the same code runs on every device. Weights are created on the CPU, since
     `initialize_by_name` makes them equal for every layout.
     """
+    experts = _expert_settings(model, parallel) if model.num_experts else {}
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
     return TransformerConfig(
         num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
@@ -32,8 +33,25 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True, perform_initialization=True, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
         bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
-        deallocate_pipeline_outputs=True, batch_p2p_comm=False, **recomputation,
+        deallocate_pipeline_outputs=True, batch_p2p_comm=False, **recomputation, **experts,
     )  # fmt: skip
+
+
+def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict:
+    """Fields of TransformerConfig that make every MLP a mixture of experts.
+
+    The load-balancing loss is the one of each sequence: Megatron's other kinds are those of a micro-batch or of the steps so
+    far, and would change the network's training with the batch arithmetic of a layout. Nothing is ever dropped.
+    """
+    return {
+        "num_moe_experts": model.num_experts, "moe_router_topk": model.moe_router_topk, "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_ffn_hidden_size or None,
+        "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_router_dtype": "fp32",
+        # Of a single expert the softmax after the selection would be 1, without a gradient for the router.
+        "moe_router_pre_softmax": model.moe_router_topk == 1,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher, "moe_grouped_gemm": False, "moe_permute_fusion": False,
+    }  # fmt: skip
 
 
 class _GPT(GPTModel):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_qsparse.compat import cpu
+from megatron_qsparse.compat import cpu, moe
 from megatron_qsparse.config import ParallelConfig
 
 
@@ -19,6 +19,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, seed: int) -> Non
     if missing and not dist.is_initialized():
         raise RuntimeError(f"{', '.join(missing)} not set: start with `torchrun --nproc-per-node N -m pretrain.train ...`")
     cpu.enable()
+    moe.enable()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)

@@ -9,13 +9,16 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_qsparse.compat import deepspeed
+from megatron_qsparse.layers.expert_meter import ExpertMeters
 from megatron_qsparse.layers.meter import SparsityMeters
 from megatron_qsparse.layers.ternary import TernaryWeights
+from megatron_qsparse.parallel.expert_groups import optimizer_groups, register_experts
 from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks, reduce_shared_embedding, shared_embedding
 from megatron_qsparse.parallel.groups import ModelParallelUnit
+from megatron_qsparse.parallel.partition import PartitionSettings, gathered
 from megatron_qsparse.parallel.schedule import ScheduledModel, run_micro_batches
 
-SUPPORTED_STAGES = (1, 2)
+SUPPORTED_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +45,35 @@ class StepResult:
 class ZeroEngine:
     """A model under ZeRO. bf16 keeps fp32 master weights and accumulates gradients in fp32.
 
-    model: from `build_model`, on its device. stage: 1 or 2. Weight decay applies to matrices, not to norm weights.
+    model: from `build_model`, on its device. stage: 1, 2 or 3. Weight decay applies to matrices, not to norm weights.
     check_codes: before each step, raise RuntimeError where a weight was written and its ternary codes are stale.
+    partition: for stage 3, where the model's parameters are empty between steps (see `parallel.partition`).
     """
 
     def __init__(
-        self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int, check_codes: bool = False
-    ):
+        self, model: nn.Module, *, stage: int, adam: AdamSettings, micro_batch_size: int, sequence_length: int,
+        check_codes: bool = False, partition: PartitionSettings | None = None,
+    ):  # fmt: skip
         if stage not in SUPPORTED_STAGES:
             raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
+        if stage == 3 and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            raise ValueError("ZeRO stage 3 does not work with pipeline stages: use stage 1 or 2")
         self._shared_embedding = shared_embedding(model)
         if self._shared_embedding is not None and stage == 2:
             raise ValueError("tied embeddings over pipeline stages need ZeRO stage 1: stage 2 has scattered their gradients by then")
         self.model, self.stage, self.check_codes = model, stage, check_codes
         self.micro_batch_size, self.sequence_length = micro_batch_size, sequence_length
         self.device = next(model.parameters()).device
-        self.ternary = TernaryWeights(model.modules())
+        self.ternary = TernaryWeights(model.modules(), gathered=gathered if stage == 3 else None)
         self.meters = SparsityMeters(model.modules(), self.device)
+        self.expert_meters = _expert_meters(model, self.device)
+        register_experts(model)
         if model.config.sequence_parallel:
             install_sequence_parallel_hooks(model)
         model.config.finalize_model_grads_func = self._finalize_gradients
         self.engine = deepspeed.initialize(
             model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
-            config=self._deepspeed_config(adam.clip),
+            config=self._deepspeed_config(adam.clip, partition or PartitionSettings()),
         )  # fmt: skip
         self._scheduled = ScheduledModel(self.engine, model)
 
@@ -76,11 +85,12 @@ class ZeroEngine:
     def _adamw(self, adam: AdamSettings) -> torch.optim.AdamW:
         params = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in params if p.dim() > 1], "decay": True},
-            {"params": [p for p in params if p.dim() == 1], "decay": False},
+            {**group, "decay": decay}
+            for decay in (True, False)
+            for group in optimizer_groups([p for p in params if (p.dim() > 1) == decay])
         ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=0.0,
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,
@@ -88,14 +98,17 @@ class ZeroEngine:
             fused=True,
         )
 
-    def _deepspeed_config(self, clip: float) -> dict:
+    def _deepspeed_config(self, clip: float, partition: PartitionSettings) -> dict:
         bf16 = self.model.config.params_dtype == torch.bfloat16
+        zero = {"stage": self.stage}
+        if self.stage == 3:
+            zero |= partition.deepspeed_keys(sum(param.numel() for param in self.model.parameters()))
         return {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             # The schedule accumulates; DeepSpeed must not count micro-batches (DeepSpeed issue 8183).
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": zero,
             "gradient_clipping": clip,
             "steps_per_print": 1 << 60,
             # By default DeepSpeed rounds fp32 gradients to bf16 for the reduction, even on one data-parallel rank.
@@ -127,18 +140,30 @@ class ZeroEngine:
                 return _data_parallel_mean(self._run(batches, num_micro_batches, train=False))
         finally:
             self.engine.train()
+            if self.stage == 3:
+                # DeepSpeed keeps or prefetches weights for a backward that does not come.
+                self.optimizer.empty_partition_cache()
 
     def weights_changed(self) -> None:
         """Weights were written (step, load, roll-back): ternary codes are made anew at the next forward."""
         self.ternary.invalidate()
 
     def _run(self, batches: Iterator[torch.Tensor], num_micro_batches: int, train: bool) -> torch.Tensor:
+        self.ternary.refresh()
         return run_micro_batches(self._scheduled, batches, num_micro_batches, self.micro_batch_size, self.sequence_length, train)
 
     def _finalize_gradients(self, *_, **__) -> None:
         """Called by the schedule after the last backward; the data-parallel reduction is DeepSpeed's and happens in step()."""
         if self._shared_embedding is not None:
             reduce_shared_embedding(self._shared_embedding, self.optimizer)
+
+
+def _expert_meters(model: nn.Module, device: torch.device) -> ExpertMeters | None:
+    """None for a model without experts."""
+    config = model.config
+    if config.num_moe_experts is None:
+        return None
+    return ExpertMeters(model.modules(), config.num_layers, config.num_moe_experts, config.tensor_model_parallel_size, device)
 
 
 def _data_parallel_mean(value: torch.Tensor) -> float:

@@ -2,47 +2,83 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_qsparse.parallel import checkpoint
+from megatron_qsparse.parallel.checkpoint.saver import Output, Saver, SaveReport
+from megatron_qsparse.parallel.checkpoint.snapshot import layout
+from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
-from pretrain.checkpoints import CheckpointDirectory
-from pretrain.config import dump_yaml
+from pretrain.checkpoint.content import TrainerRecord
+from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
 from pretrain.identity import NUMERICS_VERSION, differences, identity
+from pretrain.tracking.shipper import RUN_ID_NAME
 from pretrain.trainer import Callback, StepReport, Trainer, TrainerState
 from pretrain.validate import Validated
 
-FORMAT_VERSION = 1
-"""Of trainer.json."""
+FAILURE_WAIT_S = 600.0
+"""How long a run that failed waits for the save under way: another rank may still be writing."""
 
 
 class SaveCheckpoints(Callback):
-    def __init__(self, directory: CheckpointDirectory, run: Validated):
-        self.directory, self.run, self.interval = directory, run, run.config.checkpoint.interval
+    """One save at a time; where `checkpoint.asynchronous`, training goes on while it is written and published."""
+
+    def __init__(self, engine: ZeroEngine, directory: CheckpointDirectory, run: Validated, say: Callable[[str], None] = print):
+        self.engine, self.directory, self.run, self.say = engine, directory, run, say
+        self.settings = run.config.checkpoint
+        self.saver = Saver(engine)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if trainer.at_end or (self.interval and report.step % self.interval == 0):
-            self.save(trainer)
+        """Raises SaveError where the save under way has failed; checkpoints that were complete before are still there."""
+        self._tell(self.saver.poll())
+        kinds: list[Kind] = []
+        if trainer.at_end or _is_due(report.step, self.settings.interval):
+            kinds.append("step")
+        if _is_due(report.step, self.settings.milestone_interval):
+            kinds.append("milestone")
+        if kinds:
+            self._save(trainer.state, kinds)
+        if trainer.at_end or not self.settings.asynchronous:
+            self._tell(self.saver.wait())
 
-    def save(self, trainer: Trainer) -> None:
-        """Collective: all ranks write their shards into one directory, rank 0 publishes it."""
-        rank = dist.get_rank()
-        partial = [self.directory.begin(trainer.state.step) if rank == 0 else None]
-        dist.broadcast_object_list(partial, src=0)
-        checkpoint.save(trainer.engine, partial[0] / "state")
-        if rank == 0:
-            content = {
-                "format_version": FORMAT_VERSION,
-                "numerics_version": NUMERICS_VERSION,
-                "state": dataclasses.asdict(trainer.state),
-                "identity": identity(self.run),
-            }
-            (partial[0] / "trainer.json").write_text(json.dumps(content, indent=1))
-            (partial[0] / "config.yaml").write_text(dump_yaml(self.run.config))
-            self.directory.publish(partial[0])
-        dist.barrier()
+    def close(self) -> None:
+        """The run has failed on this rank: wait for the save under way and say what became of it."""
+        if outcome := self.saver.finish(FAILURE_WAIT_S):
+            self.say(f"the checkpoint under way when the run failed: {outcome}")
+
+    def _save(self, state: TrainerState, kinds: list[Kind]) -> None:
+        """Collective: all ranks copy what they write. What rank 0 writes beside it is made now, of the present state."""
+        self._tell(self.saver.wait())
+        run_id = self.run.config.run_directory / RUN_ID_NAME
+        record = TrainerRecord(
+            numerics_version=NUMERICS_VERSION, state=dataclasses.asdict(state), identity=identity(self.run), layout=layout(self.engine),
+            run_id=run_id.read_text().strip() if run_id.exists() else None,
+        )  # fmt: skip
+        self.saver.start([self._output(state.step, kind, record) for kind in kinds])
+
+    def _output(self, step: int, kind: Kind, record: TrainerRecord) -> Output:
+        partial = self.directory.partial(step, kind)
+
+        def publish(files: dict[str, FileRecord]) -> None:
+            record.write(partial, self.run.config)
+            self.directory.publish(partial, {f"{STATE_NAME}/{name}": file for name, file in files.items()})
+
+        return Output(
+            directory=partial / STATE_NAME, weights_only=kind == "milestone",
+            prepare=lambda: self.directory.begin(step, kind), publish=publish,
+        )  # fmt: skip
+
+    def _tell(self, report: SaveReport | None) -> None:
+        if report is not None and dist.get_rank() == 0:
+            names = " and ".join(output.directory.parent.name.partition(".")[0] for output in report.outputs)
+            self.say(f"saved {names}: {report.total_s:.1f} s, of which training waited {report.waited_s:.1f}")
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -> TrainerState | None:
@@ -57,7 +93,11 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     if found[0] is None:
         return None
     path, state = found[0]
-    checkpoint.load(engine, path / "state")
+    if not checkpoint.load(engine, path / STATE_NAME) and dist.get_rank() == 0:
+        directory.warn(
+            f"{path} was written at another layout, or by an older version: random number generators start anew "
+            "(nothing of this project draws from them)"
+        )
     return TrainerState(**state)
 
 
@@ -65,19 +105,17 @@ def _find(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] |
     """(path, state) of the checkpoint to go on from; the error itself where there is one, since all ranks must raise it."""
     try:
         path = directory.newest()
+        if path is None:
+            return None
+        saved = TrainerRecord.read(path)
     except ValueError as error:
         return error
-    if path is None:
-        return None
-    saved = json.loads((path / "trainer.json").read_text())
-    if saved["format_version"] > FORMAT_VERSION:
-        return ValueError(f"{path} was written by a newer version of this project (trainer.json format {saved['format_version']})")
-    if found := differences(saved["identity"], json.loads(json.dumps(identity(run)))):
+    if found := differences(saved.identity, json.loads(json.dumps(identity(run)))):
         lines = "\n".join(f"  {line}" for line in found)
         return ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
-    if saved["numerics_version"] != NUMERICS_VERSION:
+    if saved.numerics_version != NUMERICS_VERSION:
         directory.warn(
-            f"{path} was trained with numerics version {saved['numerics_version']}, this is {NUMERICS_VERSION}: losses may shift here, "
+            f"{path} was trained with numerics version {saved.numerics_version}, this is {NUMERICS_VERSION}: losses may shift here, "
             "see CHANGELOG.md"
         )
-    return path, saved["state"]
+    return path, saved.state

@@ -29,6 +29,8 @@ class LogMetrics(Callback):
     def before_step(self, trainer: Trainer) -> None:
         if self._is_logged(trainer.state.step + 1):
             trainer.engine.meters.start()
+            if trainer.engine.expert_meters is not None:
+                trainer.engine.expert_meters.start()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         trainer.state.flops += self.flops * self.batch_tokens
@@ -60,7 +62,7 @@ class LogMetrics(Callback):
     def _measure(self, trainer: Trainer) -> dict[str, float]:
         """Sparsity of this step over all ranks and what follows from it; collective."""
         state, model = trainer.state, self.run.model
-        sparsity = trainer.engine.meters.stop()
+        sparsity, experts = trainer.engine.meters.stop(), trainer.engine.expert_meters
         activated = activated_parameters(model, sparsity)
         per_token = activated_flops_per_token(model, self.run.config.data.sequence_length, sparsity).total
         state.activated_flops += per_token * (state.tokens - state.measured_tokens)
@@ -71,6 +73,7 @@ class LogMetrics(Callback):
             "model/activated_parameters": activated.total,
             "train/activated_flops": state.activated_flops,
             "perf/peak_memory_gib": self._peak_memory_gib(),
+            **(experts.stop() if experts is not None else {}),
         }
 
     def _peak_memory_gib(self) -> float:

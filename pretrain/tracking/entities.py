@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.tracking.journal import RESERVED_KEYS, decode_line, iterate_lines
+from pretrain.tracking.journal import JOURNAL_ONLY, RESERVED_KEYS, decode_line, iterate_lines
 from pretrain.tracking.record import DatasetInput, RunRecord
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def points_of(path: Path, line: bytes, first: FirstPoints) -> list[Metric]:
     step, now = fields["step"], fields["timestamp_ms"]
     points = []
     for key, value in fields.items():
-        if key in RESERVED_KEYS:
+        if key in RESERVED_KEYS or key.startswith(JOURNAL_ONLY):
             continue
         earlier, timestamp = first.get((step, key), (None, now))
         if not _same(earlier, value):

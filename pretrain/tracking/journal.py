@@ -26,6 +26,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 RESERVED_KEYS = ("step", "timestamp_ms")
+JOURNAL_ONLY = "experts/"
+"""Prefix of metrics that are not shipped: tables with a row for every expert of every layer, thousands of points a step."""
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # Lines kept in memory while the disk refuses them: hours of training at one line a step, a few MB at most.
 MAX_LINES_WAITING_FOR_DISK = 10_000

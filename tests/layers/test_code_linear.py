@@ -57,6 +57,33 @@ def test_output_and_both_gradients_are_those_of_the_literal_formulation():
         assert torch.allclose(ours, literal, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_code_buffer_the_weight_is_quantized_again_and_every_bit_is_the_same(dtype):
+    """ZeRO-3 replaces the weight's data between the forward and the backward."""
+    x, weight, grad = _operands(dtype)
+    codes, alpha = _quantized_weight(weight)
+    quantized = int8_absmax(x)
+    expected = CodeLinear.apply(x, weight, *quantized, codes, alpha, False, False, None)
+    expected_grads = torch.autograd.grad(expected, (x, weight), grad)
+    found = CodeLinear.apply(x, weight, *quantized, None, alpha, False, False, None)
+    whole, weight.data = weight.data, torch.empty(0, dtype=dtype)
+    weight.data = whole.clone()
+    whole.fill_(torch.nan)
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, torch.autograd.grad(found, (x, weight), grad), expected_grads))
+
+
+def test_an_empty_weight_is_an_error_in_the_forward_and_in_the_backward():
+    x, weight, grad = _operands()
+    _, alpha = _quantized_weight(weight)
+    y = CodeLinear.apply(x, weight, *int8_absmax(x), None, alpha, False, False, None)
+    weight.data = torch.empty(0, dtype=weight.dtype)
+    with pytest.raises(RuntimeError, match="48 rows.*not gathered"):
+        y.backward(grad)
+    with pytest.raises(RuntimeError, match="48 rows.*not gathered"):
+        CodeLinear.apply(x, weight, *int8_absmax(x), None, alpha, False, False, None)
+
+
 def test_dropped_inputs_and_weights_of_code_zero_receive_their_gradient():
     x, weight, grad = _operands()
     codes, _ = _quantized_weight(weight)

@@ -5,11 +5,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_qsparse.config import ProjectionSettings
-from tests.distributed import run_distributed
 from tests.parallel.helpers import SEQUENCE, build, cut, global_names, join, layout, load
 from tests.parallel.teacher import whole_weights
 
-LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2-sp": (2, True)}
+LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2-sp": (2, True), "tp4": (4, False), "tp4-sp": (4, True)}
 COLUMNS = {"qkv": "self_attention.linear_qkv", "gate_up": "mlp.linear_fc1"}
 VARIANTS = ("bitnet_groups_subln", "one_kv_head")
 
@@ -89,8 +88,8 @@ def _everything(rank: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict]:
-    return run_distributed(_everything, 2)
+def results(pool) -> list[dict]:
+    return pool.run(_everything, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -101,12 +100,12 @@ def test_without_sparsity_and_bitnet_they_are_megatrons_own_bit_for_bit(results,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["tp2", "tp2-sp"])
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "tp4", "tp4-sp"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_alphas_and_weight_gradients_of_column_linears_keep_every_bit(results, variant, name, dtype):
-    one, two = results[0][variant, "tp1", dtype], results[0][variant, name, dtype]
+    one, many = results[0][variant, "tp1", dtype], results[0][variant, name, dtype]
     for projection in COLUMNS:
-        for what, expected, found in zip(("output", "alpha", "weight gradient"), one[projection], two[projection], strict=True):
+        for what, expected, found in zip(("output", "alpha", "weight gradient"), one[projection], many[projection], strict=True):
             assert expected.any() and torch.equal(found, expected), (projection, what)
         # The matrices differ in scale, so a row with a neighbour's alpha would show.
         assert len(one[projection][1].unique()) == {"qkv": 3, "gate_up": 2}[projection]

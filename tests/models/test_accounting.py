@@ -135,6 +135,16 @@ def test_memory_is_sharded_by_data_parallelism():
     total = accounting.parameters(SMALL).total
     assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2 * total, 4 * total, 12 * total / 4)
     assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2 * total, 4 * total / 4, 12 * total / 4)
+    assert (of(3).weights, of(3).gradients, of(3).optimizer) == (2 * total / 4, 4 * total / 4, 12 * total / 4)
+    assert of(1).gathered == of(2).gathered == 0
+
+
+def test_zero_3_keeps_no_codes_and_gathers_a_bounded_part_of_the_weights():
+    layout, bitnet = Layout(data=4, zero_stage=3), BitNetConfig(enabled=True)
+    small = accounting.memory_per_rank(SMALL, layout, QSparseConfig(), bitnet, "bf16", 1, 5)
+    assert small.codes == 0 and small.gathered == 2 * accounting.parameters(SMALL).total
+    assert small.total == small.weights + small.gradients + small.optimizer + small.gathered + small.activations
+    assert accounting.memory_per_rank(MISTRAL, layout, *DENSE, "bf16", 1, 5).gathered == 2e9
 
 
 def test_memory_is_sharded_by_tensor_parallelism():
@@ -173,13 +183,68 @@ def test_checkpoint_holds_weights_master_and_moments():
     assert accounting.checkpoint_bytes(SMALL, "fp32", subln=True) == 16 * accounting.parameters(SMALL, subln=True).total
 
 
+# As SMALL, but 4 experts of width 6, two for a token, and a shared one of 10.
+MIXTURE = apply_preset(
+    ModelConfig(
+        num_layers=3, hidden_size=8, num_attention_heads=4, num_query_groups=2, vocab_size=10,
+        num_experts=4, moe_ffn_hidden_size=6, moe_shared_expert_ffn_hidden_size=10,
+    ),
+    None,
+)  # fmt: skip
+EXPERT, SHARED, ROUTER = (12 * 8, 8 * 6), (20 * 8, 8 * 10), 4 * 8
+
+
+def test_parameters_of_experts_by_hand():
+    count = accounting.parameters(MIXTURE, subln=True)
+    assert count.projections == {
+        "attention.qkv": 3 * QKV, "attention.proj": 3 * PROJ, "mlp.gate_up": 12 * EXPERT[0], "mlp.down": 12 * EXPERT[1],
+        "mlp.shared_gate_up": 3 * SHARED[0], "mlp.shared_down": 3 * SHARED[1],
+    }  # fmt: skip
+    assert (count.router, count.subln) == (3 * ROUTER, 3 * (8 + 4 * 6 + 10))
+    assert count.total == count.linear + 160 + 56 + count.subln + 3 * ROUTER
+
+
+def test_a_token_passes_the_chosen_experts_the_shared_one_and_the_router():
+    passed = 3 * (QKV + PROJ + 2 * sum(EXPERT) + sum(SHARED))
+    dense = accounting.activated_parameters(MIXTURE, {})
+    assert (dense.linear, dense.total, dense.sparsity) == (passed, passed + 3 * ROUTER, 0)
+    sparse = accounting.activated_parameters(MIXTURE, {"mlp.down": 0.5, "mlp.shared_down": 0.25})
+    skipped = 3 * (2 * EXPERT[1] * 0.5 + SHARED[1] * 0.25)
+    assert sparse.total == passed + 3 * ROUTER - skipped and sparse.sparsity == pytest.approx(skipped / passed)
+    flops, attention = accounting.flops_per_token(MIXTURE, 5), 3 * 2 * 2 * 8 * 15 / 5
+    assert flops.forward == 2 * (passed + 80 + 3 * ROUTER) + attention and flops.backward == 2 * flops.forward
+
+
+def test_memory_of_experts_is_sharded_over_their_ranks():
+    def of(**layout):
+        return accounting.memory_per_rank(MIXTURE, Layout(**layout), QSparseConfig(), BitNetConfig(enabled=True, subln=True), "bf16", 1, 5)
+
+    experts = 3 * 4 * (sum(EXPERT) + 6)
+    rest = accounting.parameters(MIXTURE, subln=True).total - experts
+    one, four = of(), of(data=4, expert=2, zero_stage=2)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * (rest + experts), 4 * (rest + experts), 12 * (rest + experts))
+    assert four.weights == 2 * (rest + experts / 2)
+    # Two ranks hold the same experts and share their optimizer states.
+    assert four.optimizer == 12 * (rest / 4 + experts / 2 / 2) and four.gradients == four.optimizer / 3
+    assert one.codes - four.codes == 3 * 4 * sum(EXPERT) / 2
+    tensor, embedding, norms, router = of(tensor=2, sequence=True), 160, 7 * 8, 3 * ROUTER
+    sharded = one.weights / 2 - norms - router
+    assert tensor.weights == 2 * (sharded / 2 + norms + router) and embedding < sharded
+
+
+def test_activations_of_experts_by_hand():
+    memory = accounting.memory_per_rank(MIXTURE, Layout(), *DENSE, precision="bf16", micro_batch_size=2, sequence_length=5)
+    # As for a dense model, but two experts of 6 and the shared one of 10, each with its input; the router's input and 3 x 4 in fp32.
+    layer = 2 * 8 * 2 + 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * (8 * 2 + 5 * 6 * 2) + (8 * 2 + 5 * 10 * 2) + 8 * 2 + 3 * 4 * 4
+    assert memory.activations == 10 * (3 * layer + 10 * (2 + 4))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: accounting.parameters(ModelConfig(num_layers=2)), "model.hidden_size is not set.*apply_preset"),
-        (lambda: accounting.parameters(apply_preset(ModelConfig(num_experts=4), 128)), "model.num_experts=4"),
         (lambda: accounting.memory_per_rank(SMALL, Layout(pipeline=2), *DENSE, "bf16", 1, 5), "num_layers=3.*parallel.pipeline=2"),
-        (lambda: accounting.memory_per_rank(SMALL, Layout(zero_stage=3), *DENSE, "bf16", 1, 5), "zero.stage=3"),
+        (lambda: accounting.memory_per_rank(SMALL, Layout(zero_stage=0), *DENSE, "bf16", 1, 5), "zero.stage=0"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(call, words):

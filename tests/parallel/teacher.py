@@ -1,57 +1,27 @@
-"""One forward and backward of a whole model from given weights, with everything that another layout must reproduce."""
+"""Teacher forcing: a reference run writes checkpoints, and each layout loads them and takes one step as the reference did."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from tests.parallel.helpers import SEQUENCE, build, gather, global_names, layout, load, tokens
+from tests.parallel.comparison import Comparison, Trace, compare
+from tests.parallel.helpers import build, gather, global_names, layout, reports
+from tests.parallel.recording import projection_name, recording
+from tests.parallel.training import GLOBAL_BATCH, Case, case_layout, make_engine, take_step
 
-SAMPLES = 2
-
-
-@dataclass
-class Trace:
-    """What one layout computed, whole."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    alphas: dict[str, torch.Tensor]
-    masks: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """(projection, input, mask) in the order of the forward."""
-    codes: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """(projection, input, codes, scale)"""
-    differing: list[str] = field(default_factory=list)
-    """Gradients of replicated parameters that are not the same on all ranks."""
+AFTER = (1, 3)
+"""Updates done when the reference writes a checkpoint: moments of one update, and of several."""
+BATCHES = 4
+"""Global batches tried from a checkpoint until one has no flip: a near-tie that flips moves everything after it, legitimately."""
 
 
-@dataclass
-class Comparison:
-    """How far a layout is from the reference; every count is over the whole model."""
-
-    loss: float
-    gradient: float
-    """Largest difference of any gradient entry, relative to the largest entry of its matrix."""
-    worst: str
-    selected: int
-    """Entries that went through a mask or a quantizer."""
-    flips: int
-    """Mask entries and codes that differ."""
-    unexplained: int
-    """Flips that are no near-ties."""
-    alphas_equal: bool
-    differing: list[str]
-    """See `Trace.differing`."""
-
-
-def whole_weights(variant: str) -> dict[str, torch.Tensor]:
+def whole_weights(variant: str, layers: int = 2) -> dict[str, torch.Tensor]:
     """Weights whose logical matrices have clearly different scales, with norm weights that are not all one; needs TP = PP = 1."""
     from megatron_qsparse.config import ParallelConfig
 
     generator = torch.Generator().manual_seed(7)
-    model = build(variant, ParallelConfig(), seed=3)
+    model = build(variant, ParallelConfig(), seed=3, layers=layers)
     config, weights = model.config, {}
     for name, param in global_names(model).items():
         weight = param.detach().clone()
@@ -67,124 +37,122 @@ def whole_weights(variant: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def run(model, batch: torch.Tensor, sequence_parallel_hooks: bool = True) -> Trace:
-    """Mean loss of the batch and its gradient; collective over the tensor-parallel ranks."""
-    from megatron.core import parallel_state
+def write_reference(rank: int, root: Path, case: Case, batch: int, following: bool) -> None:
+    """Train alone and write checkpoints, unless they are there; then the traces of the steps from each of them."""
+    from megatron_qsparse.parallel import checkpoint
 
-    from megatron_qsparse.layers.ternary import TernaryWeights
-    from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks
-
-    TernaryWeights(model.modules())
-    if model.config.sequence_parallel and sequence_parallel_hooks:
-        install_sequence_parallel_hooks(model)
-    with _recording(model) as trace:
-        positions = torch.arange(SEQUENCE).expand(batch.shape[0], -1)
-        losses = model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous())
-        losses.float().mean().backward()
-    trace.loss = losses.float().mean().item()
-    missing = [name for name, param in model.named_parameters() if param.grad is None]
-    assert not missing, f"without a gradient: {missing}"
-    alone = parallel_state.get_model_parallel_group().size() == 1
-    gradients = {name: param.grad for name, param in global_names(model).items()}
-    trace.gradients = gradients if alone else gather(model, lambda param: param.grad, trace.differing)
-    for module in model.modules():
-        if getattr(module, "ternary", None) is not None:
-            parts = [None] * dist.get_world_size(module.tp_group)
-            dist.all_gather_object(parts, module.ternary.alpha, group=module.tp_group)
-            # Rows of one rank may belong to several matrices; as sets they are comparable across layouts.
-            trace.alphas[module.settings.name] = torch.cat(parts).unique()
-    return trace
-
-
-@contextlib.contextmanager
-def _recording(model) -> Iterator[Trace]:
-    """Record masks and codes of every projection, put together over the tensor-parallel ranks."""
-    from megatron_qsparse.layers import linear
-
-    trace, original, current = Trace(0.0, {}, {}), linear.int8_absmax, []
-
-    def joined(module, tensor):
-        if module.tp_group.size() == 1 or (not module.input_is_sharded and not module.config.sequence_parallel):
-            return tensor.detach().clone()
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(module.tp_group.size())]
-        dist.all_gather(parts, tensor.detach().contiguous(), group=module.tp_group)
-        return torch.cat(parts, dim=-1 if module.input_is_sharded else 0)
-
-    def watch(module):
-        mask, multiply = module.mask, module._multiply_codes
-
-        def recorded_mask(x):
-            chosen = mask(x)
-            trace.masks.append((module.settings.name, joined(module, x), joined(module, chosen)))
-            return chosen
-
-        def recorded_multiply(*args):
-            current.append(module)
-            return multiply(*args)
-
-        module.mask, module._multiply_codes = recorded_mask, recorded_multiply
-
-    def recorded_absmax(x, reduce_max=None):
-        module = current.pop()
-        codes, scale = original(x, reduce_max)
-        whole_scale = scale if module.input_is_sharded else joined(module, scale)
-        trace.codes.append((module.settings.name, joined(module, x), joined(module, codes), whole_scale.detach().clone()))
-        return codes, scale
-
-    for module in model.modules():
-        if hasattr(module, "settings"):
-            watch(module)
-    linear.int8_absmax = recorded_absmax
-    try:
-        yield trace
-    finally:
-        linear.int8_absmax = original
-
-
-def compare(reference: Trace, other: Trace) -> Comparison:
-    """other against the reference."""
-    differences = {
-        name: ((grad - reference.gradients[name]).abs().max() / reference.gradients[name].abs().max()).item()
-        for name, grad in other.gradients.items()
-    }
-    worst = max(differences, key=differences.get)
-    selected = flips = unexplained = 0
-    for (name, x, mask), (other_name, _, other_mask) in zip(reference.masks, other.masks, strict=True):
-        assert name == other_name and mask.shape == other_mask.shape
-        selected += mask.numel()
-        flipped = mask != other_mask
-        flips += int(flipped.sum())
-        # A row that flips swaps a kept and a dropped entry of nearly the same magnitude.
-        for row, changed in zip(x.flatten(0, -2), flipped.flatten(0, -2), strict=True):
-            if changed.any():
-                magnitudes = row[changed].abs()
-                unexplained += 0 if magnitudes.max() <= magnitudes.min() * (1 + 1e-4) else int(changed.sum())
-    for (name, x, codes, scale), (other_name, _, other_codes, _) in zip(reference.codes, other.codes, strict=True):
-        assert name == other_name and codes.shape == other_codes.shape
-        selected += codes.numel()
-        flipped = codes != other_codes
-        flips += int(flipped.sum())
-        exact = (x / scale)[flipped]
-        tie = ((exact - exact.floor() - 0.5).abs() < 1e-3) & ((codes - other_codes)[flipped].abs() == 1)
-        unexplained += int((~tie).sum())
-    equal = all(torch.equal(alpha, other.alphas[name]) for name, alpha in reference.alphas.items())
-    return Comparison(abs(other.loss - reference.loss), differences[worst], worst, selected, flips, unexplained, equal, other.differing)
-
-
-def references(variants: Iterable[str], seed: int) -> dict[str, tuple[dict[str, torch.Tensor], Trace]]:
-    """Per variant: the weights, and the trace of a batch without tensor parallelism. Every rank computes them all."""
-    found = {}
     with layout() as parallel:
-        for variant in variants:
-            weights, model = whole_weights(variant), build(variant, parallel)
-            load(model, weights)
-            found[variant] = (weights, run(model, tokens(SAMPLES, seed)))
+        engine = make_engine(case, parallel, whole_weights(case.variant, case.layers))
+        for updates in range(max(AFTER) + 1) if not root.exists() else ():
+            if updates:
+                take_step(engine, updates)
+            if updates in AFTER:
+                _state(root, updates).mkdir(parents=True)
+                checkpoint.save(engine, _state(root, updates))
+        for updates in AFTER:
+            checkpoint.load(engine, _state(root, updates))
+            for later in range(1 + following):
+                torch.save(traced_step(engine, _seed(updates, batch, later)), _trace(root, updates, batch, later))
+
+
+def against_reference(rank: int, root: Path, case: Case, after: Iterable[int], batch: int, following: bool) -> list[list[Comparison]]:
+    """The reference's steps in this layout, from the checkpoints after so many updates; on rank 0, elsewhere nothing.
+
+    following: compare the next step too, which starts from this layout's own weights.
+    """
+    from megatron_qsparse.parallel import checkpoint
+
+    found = []
+    with case_layout(case) as parallel:
+        engine = make_engine(case, parallel)
+        for updates in after:
+            checkpoint.load(engine, _state(root, updates))
+            _assert_empty(engine)
+            traces = [traced_step(engine, _seed(updates, batch, later)) for later in range(1 + following)]
+            if rank == 0:
+                expected = [torch.load(_trace(root, updates, batch, later), weights_only=False) for later in range(1 + following)]
+                names = [f"step {updates + 1 + later} of batch {batch}" for later in range(1 + following)]
+                found.append([compare(*step) for step in zip(names, expected, traces, strict=True)])
     return found
 
 
-def against_reference(variant: str, seed: int, reference, parallel, sequence_parallel_hooks: bool = True) -> Comparison:
-    """The same batch in the present layout."""
-    weights, expected = reference
-    model = build(variant, parallel)
-    load(model, weights)
-    return compare(expected, run(model, tokens(SAMPLES, seed), sequence_parallel_hooks))
+def _state(root: Path, updates: int) -> Path:
+    return root / f"after{updates}"
+
+
+def _trace(root: Path, updates: int, batch: int, later: int) -> Path:
+    return root / f"after{updates}-batch{batch}-{later}.pt"
+
+
+def _seed(updates: int, batch: int, later: int) -> int:
+    return 100 * updates + 2 * batch + later
+
+
+def traced_step(engine, seed: int, samples: int = GLOBAL_BATCH) -> Trace:
+    """One training step. Collective; rank 0 has the whole tensors of all ranks, the others a trace without any."""
+    differing: list[str] = []
+    with recording(engine.model) as recorder, _kept_gradients(engine):
+        result = take_step(engine, seed, samples=samples)
+        _assert_empty(engine)
+        trace = Trace(
+            result.loss, result.grad_norm, optimizer_tensors(engine, "gradient", differing), optimizer_tensors(engine, None, differing),
+            _updates(engine), _alphas(engine.model), {}, differing,
+        )  # fmt: skip
+    trace.choices = recorder.joined(differing)
+    return trace
+
+
+def _assert_empty(engine) -> None:
+    """Nothing would be tested at stage 3 where parameters were whole."""
+    assert engine.stage < 3 or not any(param.numel() for param in engine.model.parameters())
+
+
+def _updates(engine) -> int:
+    """AdamW's count, the same for all its tensors."""
+    [count] = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    return count
+
+
+class _kept_gradients:
+    """Keeps what AdamW was given beside its moments, where DeepSpeed's accessors find it at every stage."""
+
+    def __init__(self, engine):
+        self.adamw = engine.optimizer.optimizer
+
+    def __enter__(self) -> None:
+        self.handle = self.adamw.register_step_post_hook(self._keep)
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+        for state in self.adamw.state.values():
+            state.pop("gradient", None)
+
+    @staticmethod
+    def _keep(adamw, *_) -> None:
+        for group in adamw.param_groups:
+            for param in group["params"]:
+                adamw.state[param]["gradient"] = param.grad.clone()
+
+
+def optimizer_tensors(engine, kind: str | None, differing: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """fp32 tensors of the optimizer by parameter, whole, on rank 0: master weights (None), "exp_avg", "exp_avg_sq" or "gradient"."""
+    from megatron_qsparse.compat import deepspeed
+
+    utils = deepspeed.load().utils
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def pick(param):
+        full = utils.safe_get_full_fp32_param(param) if kind is None else utils.safe_get_full_optimizer_state(param, kind)
+        return full.view(param.shape)
+
+    return gather(engine.model, pick, differing, everywhere=False)
+
+
+def _alphas(model) -> dict[str, torch.Tensor]:
+    """Rows of one rank may belong to several matrices; as sets they are comparable across layouts."""
+    mine = {projection_name(m): m.ternary.alpha for m in model.modules() if getattr(m, "ternary", None) is not None}
+    everyone = reports(mine, everywhere=False)
+    names = {name for report in everyone for name in report}
+    return {name: torch.cat([report[name] for report in everyone if name in report]).unique() for name in names}

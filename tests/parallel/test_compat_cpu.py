@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_qsparse.compat import cpu
+from megatron_qsparse.config import ParallelConfig
 from tests.distributed import run_distributed
-from tests.parallel.helpers import layout, small_model
+from tests.parallel.helpers import VARIANTS, layout, small_model
 from tests.parallel.training import Case, make_engine, micro_batches
 
 pytestmark = pytest.mark.skipif(not cpu.needed(), reason="with a CUDA device nothing is patched")
@@ -81,11 +82,41 @@ def _save(parallel, root: Path) -> None:
     dist_checkpointing.save({"weight": tensor}, str(directory))
 
 
+def _router(parallel, root: Path) -> None:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    TopKRouter(_expert_config(parallel), get_default_pg_collection())(torch.ones(4, 1, 64))
+
+
+def _dispatcher(parallel, root: Path) -> None:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = None
+    dispatcher = MoEAlltoAllTokenDispatcher(
+        2, [2 * dist.get_rank(), 2 * dist.get_rank() + 1], _expert_config(parallel), get_default_pg_collection()
+    )
+    routes = torch.tensor([[True, False, True, False]] * 4)
+    sent, probabilities = dispatcher.dispatch_preprocess(torch.ones(4, 1, 64), routes, routes / 2)
+    received, _ = dispatcher.token_dispatch(sent, probabilities)
+    # Both ranks send each of their 4 tokens to one expert of every rank.
+    assert received.shape == (8, 64)
+
+
+def _expert_config(parallel):
+    from megatron_qsparse.models.gpt import transformer_config
+
+    return transformer_config(VARIANTS["moe"][0], parallel, torch.float32)
+
+
 SNIPPETS: dict[str, tuple[Callable, dict]] = {
     "megatron.core.models.common.embeddings.rotary_pos_embedding": (_rotary, {}),
     "megatron.core.tensor_parallel.layers": (_sequence_parallel_linear, {"tensor": 2}),
     "megatron.core.tensor_parallel.mappings": (_scatter_to_sequence, {"tensor": 2}),
     "megatron.core.tensor_parallel.random": (_random_states, {}),
+    "megatron.core.transformer.moe.router": (_router, {}),
+    "megatron.core.transformer.moe.token_dispatcher": (_dispatcher, {"expert": 2}),
     "megatron.core.utils": (_memory_buffer, {}),
     "megatron.core.pipeline_parallel.schedules": (_schedule, {}),
     "megatron.core.pipeline_parallel.p2p_communication": (_receive, {"pipeline": 2}),
@@ -119,6 +150,53 @@ def _run_snippets(rank: int, root: Path) -> dict[str, tuple[str, str]]:
             found[name] = with_patch, without_patch
             dist.barrier()
     return found
+
+
+def _uneven_shards(rank: int) -> dict:
+    """Three rows of rank 0 and one of rank 1, gathered, and their double reduced and scattered again, both with a gradient."""
+    from megatron.core.tensor_parallel import mappings
+
+    with layout(tensor=2):
+        whole = torch.arange(8.0).view(4, 2)
+        mine = whole.split([3, 1])[rank].clone().requires_grad_()
+        gathered = mappings.gather_from_sequence_parallel_region(mine, output_split_sizes=[3, 1])
+        scattered = mappings.reduce_scatter_to_sequence_parallel_region(gathered, input_split_sizes=[3, 1])
+        scattered.sum().backward()
+        with pytest.raises((RuntimeError, ValueError)) as refused:
+            dist.all_gather([torch.empty(3, 2), torch.empty(1, 2)], mine.detach())
+        equal = torch.equal(gathered, whole), torch.equal(scattered, 2 * mine), torch.equal(mine.grad, torch.full_like(mine, 2.0))
+        return {"equal": equal, "refused": str(refused.value)}
+
+
+def test_shards_of_different_lengths_are_gathered_and_scattered():
+    """Should the second part fail after an update of torch, `_DistributedView` can go."""
+    for found in run_distributed(_uneven_shards, 2):
+        assert found["equal"] == (True, True, True)
+        assert "size" in found["refused"]
+
+
+def _without_host_splits(rank: int) -> str:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    with layout(expert=2) as parallel, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", moe_utils.maybe_move_tensor_to_cpu)
+        return _outcome(_dispatcher, parallel, Path())
+
+
+def test_split_sizes_as_tensors_are_refused():
+    """Should this fail after an update of Megatron or torch, `_use_host_splits` can go."""
+    assert all(outcome.startswith("TypeError") for outcome in run_distributed(_without_host_splits, 2))
+
+
+def test_the_router_needs_a_name_that_only_transformer_engine_defines(alone_and_enabled, monkeypatch):
+    """Should this fail after an update of Megatron, `compat.moe` can go."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if moe_utils.HAVE_TE:
+        pytest.skip("Transformer Engine is installed")
+    monkeypatch.delattr(moe_utils, "te_general_gemm")
+    with pytest.raises(NameError, match="te_general_gemm"):
+        _router(ParallelConfig(), Path())
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def _initial_weights(rank: int) -> dict:
 
 def _refusals() -> list[str]:
     messages = []
-    for case in (Case("tied", pipeline=2, stage=2), Case(stage=3), Case(stage=0)):
+    for case in (Case("tied", pipeline=2, stage=2), Case(pipeline=2, stage=3), Case(stage=0)):
         with layout(case.tensor, case.pipeline) as parallel, pytest.raises(ValueError) as caught:
             make_engine(case, parallel)
         messages.append(str(caught.value))
@@ -109,7 +109,7 @@ def test_bf16_starts_from_the_rounded_weights(weights):
 def test_stages_that_cannot_work_are_refused(weights):
     tied, three, zero = weights["refusals"]
     assert "tied embeddings" in tied and "stage 1" in tied
-    assert "stage 3" in three and "stage 0" in zero
+    assert "stage 3" in three and "pipeline" in three and "stage 0" in zero
 
 
 def test_the_engine_finds_codes_that_are_stale(weights):

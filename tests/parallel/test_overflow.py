@@ -13,8 +13,10 @@ from tests.parallel.training import Case, make_engine, micro_batches, take_step
 CASES = {
     "fp32": (Case(), math.nan),
     "fp32 stage 2": (Case(stage=2), math.inf),
+    "fp32 stage 3": (Case(stage=3), math.nan),
     "bf16": (Case(precision="bf16"), math.nan),
     "bf16 stage 2": (Case(precision="bf16", stage=2), math.nan),
+    "bf16 stage 3": (Case("bitnet_groups_subln", "bf16", stage=3), math.inf),
     "fp32 pipeline": (Case(pipeline=2), math.inf),
     "bf16 pipeline": (Case("bitnet_groups_subln", "bf16", pipeline=2), math.inf),
     "bf16 pipeline stage 2": (Case(precision="bf16", pipeline=2, stage=2), math.inf),

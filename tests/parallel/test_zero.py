@@ -1,4 +1,4 @@
-"""The engine takes the same steps as plain AdamW in one process, whatever is sharded over the data-parallel ranks.
+"""The engine in one process takes the same steps as plain AdamW; test_invariance.py holds every layout to the engine.
 
 Three steps of a global batch of four micro-batches, clipped at a norm of 1 (all gradients are larger). bf16 is compared with
 fp32 master weights kept by hand; a single bf16 weight that rounds the other way after a step moves later losses a little,
@@ -8,7 +8,7 @@ so only the first step is held to fp32 rounding there.
 import pytest
 import torch
 
-from tests.parallel.conftest import DATA_PARALLEL, ONE, RECOMPUTE, TENSOR
+from tests.parallel.conftest import ONE, RECOMPUTE
 from tests.parallel.training import Case, History
 
 
@@ -37,29 +37,18 @@ def plain_case(case: Case) -> Case:
 
 def label(case: Case) -> str:
     parts = [case.variant, case.precision, f"zero{case.stage}"]
-    parts += [f"tp{case.tensor}"] * (case.tensor > 1) + ["sp"] * case.sequence + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    parts += (
+        [f"tp{case.tensor}"] * (case.tensor > 1)
+        + ["sp"] * case.sequence
+        + [f"ep{case.expert}"] * (case.expert > 1)
+        + [f"pp{case.pipeline}"] * (case.pipeline > 1)
+    )
     return "-".join(parts + ["recompute"] * case.recompute)
 
 
 @pytest.mark.parametrize("case", ONE, ids=label)
 def test_the_engine_alone_is_adamw(plain, one_rank, case):
     assert_same(one_rank[case], plain[case], case.precision)
-
-
-@pytest.mark.parametrize("case", DATA_PARALLEL, ids=label)
-def test_two_data_parallel_ranks_are_adamw_in_one_process(plain, two_ranks, case):
-    assert_same(two_ranks[case], plain[plain_case(case)], case.precision)
-
-
-@pytest.mark.parametrize("case", DATA_PARALLEL, ids=label)
-def test_one_and_two_data_parallel_ranks_agree(one_rank, two_ranks, case):
-    assert_same(two_ranks[case], one_rank[plain_case(case)], case.precision)
-
-
-@pytest.mark.parametrize("case", TENSOR, ids=label)
-def test_tensor_parallel_ranks_have_the_norm_of_one(one_rank, two_ranks, case):
-    """DeepSpeed counts sharded parameters on every rank and replicated ones once, SubLN and tied embeddings included."""
-    assert_same(two_ranks[case], one_rank[plain_case(case)], case.precision)
 
 
 @pytest.mark.parametrize("case", RECOMPUTE, ids=label)
@@ -69,10 +58,9 @@ def test_recomputing_activations_changes_no_bit(one_rank, case):
     assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
 
 
-def test_ternary_codes_are_made_once_per_step(one_rank, two_ranks):
+def test_ternary_codes_are_made_once_per_step(one_rank, two_stages):
     """Four micro-batches a step, forward, recomputation and backward use the same codes."""
-    quantized = [case for case in (*one_rank, *two_ranks) if "bitnet" in case.variant]
+    quantized = {case: history for case, history in (one_rank | two_stages).items() if "bitnet" in case.variant}
     assert quantized
-    for case in quantized:
-        history = one_rank[case] if case in one_rank else two_ranks[case]
+    for case, history in quantized.items():
         assert history.refreshes == case.steps, case

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 
-from tests.parallel.helpers import SEQUENCE, build, gather, layout, tokens
+from tests.parallel.helpers import ENGINES, SEQUENCE, build, gather, layout, load, tokens
 
 GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-4
 UNTIED_TWIN = {"tied_bitnet_subln": "bitnet_groups_subln"}
@@ -25,11 +25,16 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    expert: int = 1
+    dispatcher: str = "alltoall"
     stage: int = 1
     steps: int = 3
     recompute: bool = False
-    without_reset: bool = False
-    """Undo the reset of DeepSpeed's bookkeeping before each backward, to show that it is needed."""
+    layers: int = 2
+    partition: tuple[int, int, int] = (0, 0, 0)
+    """Stage 3: persistence threshold, reuse distance and prefetch of `PartitionSettings`."""
+    starved: int = 0
+    """The first so many experts get no token: their logits are lowered."""
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
@@ -44,14 +49,39 @@ class History:
     """How often ternary codes were made."""
 
 
-def make_engine(case: Case, parallel):
-    """The library's engine, with the gradient clipped at 1."""
+def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = None, clip: float = 1.0):
+    """The library's engine; from the library's own initial weights where none are given.
+
+    At stage 3 no parameter is whole longer than it must be, unless the case says so.
+    """
+    from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
-    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
-    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
-    return ZeroEngine(model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE)
+    _restart_numbering()
+    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
+    if weights is not None:
+        load(model, weights)
+    adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=clip)
+    persistence, reuse, prefetch = case.partition
+    partition = PartitionSettings(persistence_threshold=persistence, reuse_distance=reuse, prefetch=prefetch)
+    engine = ZeroEngine(
+        model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE, partition=partition
+    )  # fmt: skip
+    ENGINES.append(engine)
+    return engine
+
+
+def _restart_numbering() -> None:
+    """DeepSpeed numbers the parameters and modules of all engines that a process ever had. At stage 3 it requires the same
+    numbers on all ranks, but a pool's processes have had different ones.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    [modules] = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    modules[0] = 0
 
 
 @functools.cache
@@ -63,22 +93,26 @@ def _freeze_libraries() -> None:
     gc.freeze()
 
 
-def micro_batches(step: int) -> list[torch.Tensor]:
+def micro_batches(step: int, samples: int = GLOBAL_BATCH) -> list[torch.Tensor]:
     """This data-parallel rank's part of the global batch of a step."""
     from megatron.core import parallel_state
 
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(tokens(GLOBAL_BATCH, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
+    return list(tokens(samples, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
 
 
-def take_step(engine, step: int, lr: float = LR):
-    batches = micro_batches(step)
+def case_layout(case: Case):
+    return layout(case.tensor, case.pipeline, case.sequence, case.expert, case.dispatcher)
+
+
+def take_step(engine, step: int, lr: float = LR, samples: int = GLOBAL_BATCH):
+    batches = micro_batches(step, samples)
     return engine.train_step(iter(batches), len(batches), lr, DECAY)
 
 
 def train(case: Case) -> History:
     """Collective over the world."""
-    with layout(case.tensor, case.pipeline, case.sequence) as parallel, _without_reset(case.without_reset):
+    with case_layout(case) as parallel, starving(case.starved):
         engine = make_engine(case, parallel)
         results = [take_step(engine, 0)]
         weights = gather(engine.model)
@@ -87,31 +121,42 @@ def train(case: Case) -> History:
 
 
 def train_all(rank: int, cases: list[Case]) -> dict[Case, History]:
-    """For `run_distributed`."""
+    """For a `Pool`."""
     return {case: train(case) for case in cases}
 
 
 @contextlib.contextmanager
-def _without_reset(wanted: bool) -> Iterator[None]:
-    from megatron_qsparse.parallel.schedule import ScheduledModel
+def starving(experts: int) -> Iterator[None]:
+    """No token goes to the first `experts` experts of any layer."""
+    from megatron_qsparse.layers.moe import MeteredRouter
 
-    with mock.patch.object(ScheduledModel, "_before_backward", lambda self, grad: None) if wanted else contextlib.nullcontext():
+    routing = MeteredRouter.routing
+
+    def unfair(self, logits, *args, **kwargs):
+        penalty = torch.zeros(logits.shape[-1])
+        penalty[:experts] = 1e4
+        return routing(self, logits - penalty, *args, **kwargs)
+
+    with mock.patch.object(MeteredRouter, "routing", unfair) if experts else contextlib.nullcontext():
         yield
 
 
 def train_plainly(rank: int, cases: list[Case]) -> dict[Case, History]:
     """The same runs on one rank without DeepSpeed, Megatron's schedule or our engine: accumulate, clip, AdamW.
 
-    bf16 by hand: fp32 master weights, gradients of the bf16 model summed in fp32.
+    bf16 by hand: fp32 master weights, gradients of the bf16 model summed in fp32. A case with `expert` ranks has the same
+    rounding as they have: a rank's experts see one micro-batch of each rank at once, and round that gradient once.
     """
     return {case: _train_plainly(case) for case in cases}
 
 
 def _train_plainly(case: Case) -> History:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from megatron_qsparse.layers.ternary import TernaryWeights
 
     variant = UNTIED_TWIN[case.variant] if case.two_copies else case.variant
-    with layout() as parallel:
+    with layout() as parallel, starving(case.starved):
         model = build(variant, parallel, dtype=DTYPES[case.precision])
         ternary = TernaryWeights(model.modules())
         masters = _Masters(model, case.two_copies)
@@ -120,17 +165,30 @@ def _train_plainly(case: Case) -> History:
         for step in range(case.steps):
             total = 0.0
             batches = micro_batches(step)
+            # Every micro-batch's load-balancing loss counts like its own loss.
+            MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches)))
             for batch in batches:
                 losses = model(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous())
                 loss = losses.float().mean()
                 (loss / len(batches)).backward()
                 total += loss.item() / len(batches)
-                masters.accumulate()
+                masters.accumulate(lambda name: case.expert == 1 or "local_experts" not in name)
+            for batch in map(torch.cat, zip(*_of_ranks(batches, case.expert), strict=True)) if case.expert > 1 else ():
+                MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), case.expert / len(batches)))
+                losses = model(batch[:, :-1].contiguous(), positions.repeat(case.expert, 1), None, labels=batch[:, 1:].contiguous())
+                (losses.float().mean() * case.expert / len(batches)).backward()
+                masters.accumulate(lambda name: "local_experts" in name)
             history.norms.append(masters.step())
             history.losses.append(total)
             ternary.invalidate()
             history.weights = history.weights or gather(model)
         return history
+
+
+def _of_ranks(batches: list[torch.Tensor], ranks: int) -> list[list[torch.Tensor]]:
+    """The micro-batches of each of so many data-parallel ranks."""
+    each = len(batches) // ranks
+    return [batches[rank * each : (rank + 1) * each] for rank in range(ranks)]
 
 
 class _Masters:
@@ -151,10 +209,12 @@ class _Masters:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS, fused=True)
 
-    def accumulate(self) -> None:
+    def accumulate(self, wanted: Callable[[str], bool]) -> None:
+        """Add the gradients of the parameters with a wanted name, and forget the others'."""
         for name, param in self.params.items():
             master, grad = self.of[name], param.grad.float()
-            master.grad = grad if master.grad is None else master.grad + grad
+            if wanted(name):
+                master.grad = grad if master.grad is None else master.grad + grad
             param.grad = None
 
     @torch.no_grad()

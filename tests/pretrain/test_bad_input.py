@@ -43,9 +43,9 @@ def test_a_misspelt_key_in_a_file(shards, tmp_path):
         (["--qsparse.keep", 0.4, "--qsparse.groups", 7], ["qsparse.groups=7", "does not divide", "attention.proj"]),
         (["--model.vocab_size", 64], ["model.vocab_size=64", "smaller than the tokenizer's 512"]),
         (["--model.preset", "7bb"], ["model.preset='7bb'", "did you mean '7b'"]),
-        (["--zero.stage", 3], ["zero.stage=3", "use 1 or 2"]),
+        (["--zero.stage", 0], ["zero.stage=0", "use 1, 2 or 3"]),
         (["--parallel.tensor", 2], ["1 processes", "parallel.tensor=2", "start a multiple of 2"]),
-        (["--model.num_experts", 4], ["model.num_experts=4", "not supported yet"]),
+        (["--parallel.expert", 2], ["parallel.expert=2", "model.num_experts=0"]),
         (["--tracking.uri", "./mlruns"], ["./mlruns", "sqlite"]),
     ],
 )

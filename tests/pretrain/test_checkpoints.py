@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoints import FILES_NAME, CheckpointDirectory, damage, step_of
+from pretrain.checkpoint.directory import CheckpointDirectory, step_of
+from pretrain.checkpoint.files import FILES_NAME, damage
 
 
 class Warnings(list):
@@ -45,7 +46,7 @@ def test_keep_last_counts(tmp_path, keep_last):
 
 def test_every_file_is_listed_with_size_and_hash(directory):
     listing = json.loads((_publish(directory, 1) / FILES_NAME).read_text())
-    assert listing["format_version"] == 1
+    assert listing["format_version"] == 2
     assert set(listing["files"]) == {"state/part_0.bin", "trainer.json"}
     assert listing["files"]["state/part_0.bin"]["size"] == 7 and len(listing["files"]["state/part_0.bin"]["sha256"]) == 64
 

@@ -35,9 +35,12 @@ def test_a_good_configuration_has_no_problems_and_its_arithmetic(shards):
         found = validate(_config(shards), world_size)
         assert (found.data_parallel, found.num_micro_batches) == (data_parallel, micro_batches)
         assert found.model.vocab_size % 128 == 0 and found.model.num_query_groups == 4
-    found = validate(_config(shards, parallel__tensor=2, train__micro_batch_size=2), 4)
+    found = validate(_config(shards, parallel__tensor=2, train__micro_batch_size=2, zero__stage=3), 4)
     assert (found.data_parallel, found.num_micro_batches) == (2, 1)
 
+
+EXPERTS = {"model__num_experts": 4, "model__ffn_hidden_size": None, "model__moe_ffn_hidden_size": 64}
+SEQUENCE_PARALLEL = {"parallel__tensor": 2, "parallel__sequence": True}
 
 # changes, world size, words that the one message must hold: the field, its value, what it collides with or the remedy.
 PROBLEMS = [
@@ -62,9 +65,21 @@ PROBLEMS = [
     ({"optimizer__beta1": 1.0}, 1, ["optimizer.beta1=1.0", "[0, 1)"]),
     ({"optimizer__beta2": -0.1}, 1, ["optimizer.beta2=-0.1", "[0, 1)"]),
     ({"format_version": 2}, 1, ["format_version=2", "newer version", "up to 1"]),
-    ({"zero__stage": 3}, 1, ["zero.stage=3", "not sharded yet", "use 1 or 2"]),
-    ({"zero__stage": 0}, 1, ["zero.stage=0", "use 1 or 2"]),
-    ({"parallel__expert": 2}, 1, ["parallel.expert=2", "leave it at 1"]),
+    ({"zero__stage": 0}, 1, ["zero.stage=0", "fp32 accumulation", "use 1, 2 or 3"]),
+    ({"zero__stage": 4}, 1, ["zero.stage=4", "use 1, 2 or 3"]),
+    ({"zero__stage": 3, "parallel__pipeline": 2}, 2, ["zero.stage=3", "parallel.pipeline=2", "use zero.stage=1 or 2"]),
+    ({"parallel__expert": 2}, 1, ["parallel.expert=2", "no effect", "model.num_experts=0"]),
+    ({"parallel__moe_token_dispatcher": "allgather"}, 1, ["parallel.moe_token_dispatcher=allgather", "no effect", "model.num_experts=0"]),
+    ({**EXPERTS, "parallel__expert": 3, "train__global_batch_size": 3}, 3, ["model.num_experts=4", "parallel.expert=3"]),
+    ({**EXPERTS, "parallel__expert": 4}, 2, ["parallel.expert=4", "does not divide the 2 data-parallel ranks", "2 processes"]),
+    ({**EXPERTS, "parallel__expert": 2, "parallel__pipeline": 2}, 2, ["parallel.expert=2", "1 data-parallel ranks", "parallel.pipeline=2"]),
+    ({**EXPERTS, "parallel__tensor": 2}, 2, ["parallel.sequence=false", "parallel.tensor=2", "set parallel.sequence=true"]),
+    ({**EXPERTS, **SEQUENCE_PARALLEL, "model__moe_ffn_hidden_size": 65}, 2, ["model.moe_ffn_hidden_size=65", "parallel.tensor=2"]),
+    ({**EXPERTS, **SEQUENCE_PARALLEL, "model__moe_shared_expert_ffn_hidden_size": 33}, 2,
+     ["model.moe_shared_expert_ffn_hidden_size=33", "parallel.tensor=2"]),
+    ({**EXPERTS, "qsparse__keep": 0.5, "model__moe_shared_expert_ffn_hidden_size": 36}, 1,
+     ["qsparse.groups=8", "36 input features of mlp.shared_down"]),
+    ({"qsparse__recipe": [RecipeRule(match="*.shared_down", keep=0.5)]}, 1, ["qsparse.recipe[0].match='*.shared_down'", "matches no"]),
     ({"parallel__sequence": True}, 1, ["parallel.sequence=true", "raise parallel.tensor"]),
     ({"parallel__tensor": 2}, 3, ["3 processes", "parallel.tensor=2", "start a multiple of 2"]),
     ({"train__global_batch_size": 6, "train__micro_batch_size": 2}, 2, ["train.global_batch_size=6", "train.micro_batch_size=2", "= 4"]),
@@ -88,7 +103,9 @@ PROBLEMS = [
     ({"model__vocab_size": 1002, "parallel__tensor": 4}, 4, ["model.vocab_size=1002", "parallel.tensor=4"]),
     ({"model__num_layers": 3, "parallel__pipeline": 2}, 2, ["model.num_layers=3", "parallel.pipeline=2"]),
     ({"model__tied_embeddings": True, "parallel__pipeline": 2, "zero__stage": 2}, 2, ["zero.stage=2", "tied", "use zero.stage=1"]),
-    ({"model__num_experts": 4}, 1, ["model.num_experts=4", "leave it at 0"]),
+    ({**EXPERTS, "model__moe_router_topk": 5}, 1, ["model.moe_router_topk=5", "1 .. model.num_experts=4"]),
+    ({"model__moe_router_topk": 1}, 1, ["model.moe_router_topk=1", "no effect", "model.num_experts=0"]),
+    ({"model__moe_aux_loss_coeff": 0.0}, 1, ["model.moe_aux_loss_coeff=0.0", "no effect", "model.num_experts=0"]),
     ({"model__preset": "tinny"}, 1, ["model.preset='tinny'", "did you mean 'tiny'"]),
     ({"model__vocab_size": 100}, 1, ["model.vocab_size=100", "tokenizer's", "raise it"]),
     ({"model__num_query_groups": 3}, 1, ["model.num_attention_heads=4", "model.num_query_groups=3", "change one"]),
@@ -126,6 +143,25 @@ def test_each_problem_is_found_alone_and_in_words(shards, changes, world_size, w
         assert word in problems[0], problems[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({}, 1), ({"parallel__expert": 2}, 2), ({"parallel__expert": 4, "zero__stage": 2}, 4),
+        ({"parallel__moe_token_dispatcher": "allgather"}, 2),
+        ({**SEQUENCE_PARALLEL, "parallel__expert": 2, "qsparse__keep": 0.5}, 4), ({"parallel__pipeline": 2, "parallel__expert": 2}, 4),
+        ({"qsparse__recipe": [RecipeRule(match="*.shared_down", keep=0.5)], "model__moe_shared_expert_ffn_hidden_size": 64}, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layouts_of_experts(shards, changes, world_size):
+    assert examine(_config(shards, **{**EXPERTS, **changes}), world_size)[0] == []
+
+
+def test_experts_cannot_be_sharded_by_zero_3(shards):
+    problems, _, _ = examine(_config(shards, **EXPERTS, zero__stage=3), 1)
+    assert any(all(word in problem for word in ("zero.stage=3", "model.num_experts=4", "use 1 or 2")) for problem in problems)
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_too_few_samples_for_one_batch_name_the_split(shards, split):
     fits = 1
@@ -153,7 +189,7 @@ def test_a_missing_vocabulary_is_not_reported_beside_missing_data():
 
 
 def test_all_problems_are_told_at_once(shards):
-    config = _config(shards, zero__stage=3, train__steps=0, qsparse__keep=2.0)
+    config = _config(shards, zero__stage=0, train__steps=0, qsparse__keep=2.0)
     with pytest.raises(ConfigurationError) as caught:
         validate(config, 1)
     lines = str(caught.value).splitlines()

@@ -45,7 +45,7 @@ def test_everything_about_a_run_arrives(tmp_path: Path, database_uri: str) -> No
     )
     tracker.log({"train/loss": 1 / 3, "train/tokens": 2**40, "layer[3]/norm": 1.5}, step=1)
     tracker.log({"train/loss": math.nan, "train/grad_norm": math.inf}, step=2)
-    tracker.log({"train/loss": 0.25}, step=3)
+    tracker.log({"train/loss": 0.25, "moe/load_max": 0.5, "experts/layers.0.3/load": 0.5}, step=3)
     tracker.close("FINISHED")
 
     client = connect(database_uri)
@@ -55,6 +55,9 @@ def test_everything_about_a_run_arrives(tmp_path: Path, database_uri: str) -> No
     assert [point.step for point in loss] == [1, 2, 3]
     assert [point.timestamp for point in loss] == [row["timestamp_ms"] for row in rows]
     assert loss[0].value == 1 / 3 and math.isnan(loss[1].value) and loss[2].value == 0.25
+    # Tables of experts stay in the journal.
+    assert rows[2]["experts/layers.0.3/load"] == 0.5 and "moe/load_max" in run.data.metrics
+    assert not any("experts" in name for name in run.data.metrics)
     assert history(database_uri, directory, "train/tokens") == [(1, float(2**40))]
     assert history(database_uri, directory, "layer_3_/norm") == [(1, 1.5)]
     assert history(database_uri, directory, "train/grad_norm")[0][1] > 1e308

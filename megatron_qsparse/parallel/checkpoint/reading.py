@@ -1,0 +1,79 @@
+"""Reads single tensors of a stored state, each rank for itself: no communication, no more memory than two tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_qsparse.parallel.checkpoint.places import Place
+from megatron_qsparse.parallel.checkpoint.snapshot import FORMAT_VERSION
+from megatron_qsparse.parallel.checkpoint.writing import COMMON_NAME
+
+
+class Reader:
+    """A state directory. Raises ValueError where it is none, or newer than this code."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        config = maybe_load_config(str(directory))
+        if config is None or config.sharded_backend != "torch_dist":
+            raise ValueError(f"{directory} holds no state in the format torch_dist of megatron.core.dist_checkpointing")
+        # Read before anything else: a newer format may hold other tensors.
+        self.common: dict[str, Any] = torch.load(directory / COMMON_NAME, weights_only=True)
+        if "common" in self.common:
+            # Version 1 left the wording of this file to dist_checkpointing.save.
+            self.common = self.common["common"]
+        if self.common["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{directory}: format {self.common['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads"
+            )
+        self._files = FileSystemReader(directory)
+        self._metadata = self._files.read_metadata()
+
+    @property
+    def weights_only(self) -> bool:
+        return self.common.get("content") == "weights"
+
+    def problems(self, place: Place, prefix: str = "") -> list[str]:
+        """What keeps the tensor at this place from being read, in words."""
+        stored, found = self._metadata.state_dict_metadata, []
+        for piece in place.cut(torch.empty(1).expand(place.shape), prefix):
+            if piece.key not in stored:
+                found.append(f"{piece.key} is not in {self.directory}")
+            elif not piece.allow_shape_mismatch and tuple(stored[piece.key].size) != piece.global_shape:
+                shapes = f"{list(stored[piece.key].size)} in {self.directory}, {list(piece.global_shape)} in this model"
+                found.append(f"{piece.key} has the shape {shapes}")
+        return found
+
+    def read(self, place: Place, dtype: torch.dtype, prefix: str = "") -> torch.Tensor:
+        """This rank's shard of one tensor, on the CPU; stored tensors of another precision are converted."""
+        pieces = place.cut(torch.empty(place.shape, dtype=dtype), prefix)
+        keyed: dict[str, list[ShardedBase]] = {}
+        for piece in pieces:
+            keyed.setdefault(piece.key, []).append(piece)
+        self._read(keyed)
+        return pieces.merged()
+
+    def read_object(self, name: str, position: int, number: int) -> Any:
+        """Object `position` of the `number` that were stored under one name."""
+        entry = ShardedObject(name, None, (number,), (position,))
+        return self._read({entry.unique_key: [entry]})[entry.unique_key][0]
+
+    def _read(self, keyed: dict[str, list[ShardedBase]]) -> dict[str, Any]:
+        """Fill the entries' tensors, in place; returns the objects among them."""
+        tensors = [entry for entries in keyed.values() for entry in entries if not isinstance(entry, ShardedObject)]
+        flexible = {entry.key: entry for entry in tensors if entry.allow_shape_mismatch}
+        planner = MCoreLoadPlanner(
+            shapes_validation_sharded_tensors=[entry for entry in tensors if not entry.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors=flexible,
+        )
+        state = mcore_to_pyt_state_dict(keyed, is_loading=True)
+        planner.set_up_planner(state, self._metadata, is_coordinator=True)
+        self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
+        plan = self._files.prepare_local_plan(planner.create_local_plan())
+        self._files.read_data(planner.finish_plan(plan), planner).wait()
+        return state

@@ -1,0 +1,48 @@
+"""States of the random number generators: Python, NumPy, torch (CPU and this rank's GPU), Megatron's tracker.
+
+The network draws nothing while it trains (no dropout, weights by name, samples by position), so today these states decide
+nothing that this project computes; a user's callback may draw. They belong to a rank, and no rank of another layout is its
+heir: where the layout differs the generators start anew, from the first seed and the step.
+"""
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+
+def states() -> dict:
+    """Of this process; picklable."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore(saved: dict) -> None:
+    """Go on from `states()` of the same rank of the same layout."""
+    random.setstate(saved["python"])
+    np.random.set_state(saved["numpy"])
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(saved["megatron"])
+
+
+def start_anew(step: int) -> None:
+    """States that depend on the seed that torch was first given, the step and, outside of Megatron's generators, the rank.
+
+    Megatron's own seeds must agree between the ranks that compute the same thing; it adds what must differ.
+    """
+    first = torch.initial_seed()
+    shared = int(np.random.SeedSequence([first, step]).generate_state(1)[0])
+    own = [int(word) for word in np.random.SeedSequence([first, step, dist.get_rank()]).generate_state(3)]
+    random.seed(own[0])
+    np.random.seed(own[1])
+    torch.random.default_generator.manual_seed(own[2])
+    tensor_parallel.model_parallel_cuda_manual_seed(shared)

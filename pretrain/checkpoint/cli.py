@@ -1,0 +1,158 @@
+"""The command line: `python -m pretrain.checkpoint COMMAND --help`.
+
+Exit status: 0 done, 1 `verify` found damage, 2 bad input or usage, 130 interrupted. Heavy imports live inside the commands.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough.
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description="Look after the checkpoints of a run.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    where = "run directory, its checkpoints/ folder, or one checkpoint"
+
+    command = commands.add_parser("verify", help="compare every file with its checksum; exit status 1 names the damaged ones")
+    command.add_argument("directory", type=Path, help=where)
+    command.set_defaults(run=run_verify)
+
+    command = commands.add_parser("list", help="steps, dates, sizes, and whether all files are there")
+    command.add_argument("directory", type=Path, help=where)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_list)
+
+    command = commands.add_parser("show", help="what a checkpoint holds: run, sparsity, layout, tensors")
+    command.add_argument("directory", type=Path, help=f"{where}; of several the newest complete one")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_show)
+
+    command = commands.add_parser("prune", help="remove old complete checkpoints; damaged ones stay, milestones too unless asked for")
+    command.add_argument("directory", type=Path, help="run directory or its checkpoints/ folder")
+    command.add_argument("--keep-last", type=_count, required=True, metavar="N", help="complete checkpoints to keep, at least 1")
+    command.add_argument("--milestones", action="store_true", help="prune the milestones instead, all but the last N")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    command.set_defaults(run=run_prune)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1: the newest checkpoint is always kept")
+    return value
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from data_tools.progress import Progress
+    from pretrain.checkpoint.files import damages
+    from pretrain.checkpoint.inspection import checkpoints
+
+    found = checkpoints(options.directory)
+    damaged = 0
+    with Progress("verify", sum(_size(checkpoint) for checkpoint in found)) as progress:
+        for checkpoint in found:
+            problems = list(damages(checkpoint, contents=True, progress=progress.update))
+            damaged += bool(problems)
+            for problem in problems:
+                print(f"{checkpoint}: {problem}")
+    if damaged:
+        print(f"{damaged} of {len(found)} checkpoints are damaged: training uses the newest that is not", file=sys.stderr)
+        return 1
+    print(f"{options.directory}: every byte of {_number(len(found), 'checkpoint')} is what was written")
+    return 0
+
+
+def run_list(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from data_tools.progress import format_count
+    from pretrain.checkpoint.inspection import summaries
+
+    found = summaries(options.directory)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(summary) for summary in found], indent=1))
+        return 0
+    rows = [("step", "kind", "saved", "size", "state")]
+    rows += [(str(s.step), s.kind, s.created, format_count(s.size, "B"), s.state) for s in found]
+    _print_table(rows)
+    return 0
+
+
+def run_show(options: argparse.Namespace) -> int:
+    from pretrain.checkpoint.inspection import description, one_checkpoint
+
+    shown = description(one_checkpoint(options.directory))
+    if options.json:
+        print(json.dumps(shown, indent=1))
+        return 0
+    _print_table([(name, _text(shown[name])) for name in ("checkpoint", "kind", "created", "run_id", "numerics_version")])
+    for title in ("state", "layout", "identity"):
+        print(f"\n{title}")
+        _print_table([(f"  {name}", _text(value)) for name, value in shown[title].items()])
+    print("\ninputs kept: K x groups of the width")
+    rows = [(f"  {name}", f"{item['k']} x {item['groups']} of {item['width']}") for name, item in shown["kept"].items()]
+    _print_table(rows or [("  all of them", "dense")])
+    print("\ntensors")
+    _print_table([(f"  {name}", item["dtype"], "x".join(map(str, item["shape"]))) for name, item in shown["tensors"].items()])
+    return 0
+
+
+def run_prune(options: argparse.Namespace) -> int:
+    from data_tools.progress import format_count
+    from pretrain.checkpoint.directory import CheckpointDirectory
+    from pretrain.checkpoint.inspection import checkpoints_directory
+
+    directory = CheckpointDirectory(checkpoints_directory(options.directory), options.keep_last)
+    kind = "milestone" if options.milestones else "step"
+    superfluous = directory.superfluous(options.keep_last, kind)
+    for checkpoint in superfluous:
+        size = format_count(_size(checkpoint), "B")
+        if not options.dry_run:
+            shutil.rmtree(checkpoint)
+        print(f"{'would remove' if options.dry_run else 'removed'} {checkpoint} ({size})")
+    if not superfluous:
+        print(f"nothing to remove: {_number(len(directory.complete(kind)), f'complete {kind} checkpoint')}")
+    return 0
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
+    """Left-aligned columns, the last one of any width."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]))

@@ -1,0 +1,93 @@
+"""Which checkpoints there are: written beside, published by rename, the newest complete one found again, old ones removed.
+
+A directory without a correct files.json, or with a file of another size or checksum than it says, is not a checkpoint: it is
+skipped with a warning and the one before is used.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pretrain.checkpoint.files import Record, damage, seal, sync
+
+Kind = Literal["step", "milestone"]
+KINDS: tuple[Kind, ...] = ("step", "milestone")
+PARTIAL = ".partial"
+STATE_NAME = "state"
+"""Folder of the tensors in a checkpoint."""
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run. warn: receives a sentence for everything unusual."""
+
+    def __init__(self, path: Path, keep_last: int, warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)):
+        self.path, self.keep_last, self.warn = path, keep_last, warn
+
+    def partial(self, step: int, kind: Kind = "step") -> Path:
+        """Where the checkpoint of a step is written before it is published."""
+        return self.path / f"{kind}_{step:08d}{PARTIAL}"
+
+    def begin(self, step: int, kind: Kind = "step") -> Path:
+        """A new empty directory to write into; what interrupted saves left, at this step or another, is removed."""
+        partial = self.partial(step, kind)
+        for left in self.path.glob(f"{kind}_*{PARTIAL}"):
+            shutil.rmtree(left)
+        (partial / STATE_NAME).mkdir(parents=True)
+        return partial
+
+    def publish(self, partial: Path, written: Mapping[str, Record] | None = None) -> Path:
+        """Seal a written directory and give it its name; then remove the oldest steps beyond `keep_last`. Returns the new path.
+
+        written: files in it, by relative name, that are durable already and whose checksums are known.
+        """
+        seal(partial, written or {})
+        final = partial.with_name(partial.name.removesuffix(PARTIAL))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(self.path)
+        for old in self.superfluous(self.keep_last):
+            shutil.rmtree(old)
+        return final
+
+    def superfluous(self, keep_last: int, kind: Kind = "step") -> list[Path]:
+        """Complete checkpoints before the last `keep_last` complete ones. Damaged ones are neither counted nor listed."""
+        complete = self.complete(kind)
+        return complete[: max(0, len(complete) - keep_last)]
+
+    def complete(self, kind: Kind = "step") -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return [path for path in self.published(kind) if damage(path) is None]
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint; warns of newer ones that are damaged. None where none was ever published.
+
+        Raises ValueError where there are checkpoints and all are damaged: starting over would overwrite them.
+        """
+        published = self.published()
+        for path in reversed(published):
+            problem = damage(path, contents=True)
+            if problem is None:
+                return path
+            self.warn(f"{path} is not a complete checkpoint ({problem}); looking for the one before it")
+        if published:
+            raise ValueError(f"every checkpoint in {self.path} is damaged: restore one, or move the directory away to start over")
+        return None
+
+    def published(self, kind: Kind = "step") -> list[Path]:
+        """Directories with the name of a checkpoint, complete or damaged, oldest first."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p for p in self.path.iterdir() if p.is_dir() and kind_of(p) == kind)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What a published checkpoint is by its name; None where it is none."""
+    kind, _, number = path.name.partition("_")
+    return next((known for known in KINDS if known == kind and number.isdigit()), None)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps taken when this checkpoint was saved."""
+    return int(path.name.partition("_")[2])

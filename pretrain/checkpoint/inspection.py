@@ -1,0 +1,118 @@
+"""What can be said about a checkpoint without loading it."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import files
+from pretrain.checkpoint.content import TrainerRecord
+from pretrain.checkpoint.directory import KINDS, PARTIAL, STATE_NAME, CheckpointDirectory, kind_of, step_of
+
+
+class NoCheckpoint(ValueError):
+    """The path names no checkpoint; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of `list`."""
+
+    name: str
+    kind: str
+    step: int
+    created: str
+    """ISO 8601 with the offset of the time zone; by the file's time where files.json has none."""
+    size: int
+    """Bytes."""
+    state: str
+    """"complete" (every file is there with its size), "damaged: ..." or "unfinished"."""
+
+
+def checkpoints_directory(path: Path) -> Path:
+    """The checkpoints directory of a run directory, or the path itself where it is one. Raises NoCheckpoint."""
+    for candidate in (path / "checkpoints", path):
+        if candidate.is_dir() and any(kind_of(_published_name(child)) for child in candidate.iterdir()):
+            return candidate
+    reason = "holds no checkpoints" if path.is_dir() else "is no directory"
+    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ or, for show and verify, one checkpoint in it")
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoint at this path, or all published ones below it, milestones last. Raises NoCheckpoint."""
+    if kind_of(path) is not None and path.is_dir():
+        return [path]
+    directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
+    found = [checkpoint for kind in KINDS for checkpoint in directory.published(kind)]
+    if not found:
+        raise NoCheckpoint(f"{path} holds no finished checkpoint")
+    return found
+
+
+def one_checkpoint(path: Path) -> Path:
+    """The checkpoint at this path, or the newest that is complete by its files' sizes. Raises NoCheckpoint."""
+    found = checkpoints(path)
+    complete = [checkpoint for checkpoint in found if files.damage(checkpoint) is None]
+    if not complete:
+        raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
+    return max(complete, key=lambda checkpoint: (step_of(checkpoint), kind_of(checkpoint) == "step"))
+
+
+def summaries(path: Path) -> list[Summary]:
+    """Of all checkpoints at or below the path, unfinished ones included; by step."""
+    found = list(checkpoints(path)) if kind_of(path) else [child for child in checkpoints_directory(path).iterdir() if child.is_dir()]
+    known = [child for child in found if kind_of(_published_name(child))]
+    return sorted((_summary(child) for child in known), key=lambda summary: (summary.step, summary.name))
+
+
+def _summary(path: Path) -> Summary:
+    published = _published_name(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    damage = None if path != published else files.damage(path)
+    state = "unfinished" if path != published else "complete" if damage is None else f"damaged: {damage}"
+    return Summary(path.name, kind_of(published), step_of(published), _created(path), size, state)
+
+
+def _created(path: Path) -> str:
+    try:
+        return files.read(path)["created"]
+    except (OSError, ValueError, KeyError):
+        return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
+
+
+def _published_name(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(PARTIAL))
+
+
+def description(checkpoint: Path) -> dict[str, Any]:
+    """Everything that `show` prints, as plain values. Imports torch, to read the tensors' names.
+
+    Raises ValueError or OSError where the checkpoint is damaged or newer than this code.
+    """
+    record = TrainerRecord.read(checkpoint)
+    kept = {name.removeprefix("kept."): value for name, value in record.identity.items() if name.startswith("kept.")}
+    return {
+        "checkpoint": str(checkpoint),
+        "kind": kind_of(checkpoint),
+        "created": _created(checkpoint),
+        "run_id": record.run_id,
+        "numerics_version": record.numerics_version,
+        "state": record.state,
+        "layout": record.layout,
+        "identity": {name: value for name, value in record.identity.items() if not name.startswith("kept.")},
+        "kept": {name: {"k": k, "groups": groups, "width": width} for name, (k, groups, width) in kept.items()},
+        "tensors": _tensors(checkpoint / STATE_NAME),
+    }
+
+
+def _tensors(state: Path) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every stored tensor by its name on disk; layers are stacked, the layer number is the first axis."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored = FileSystemReader(state).read_metadata().state_dict_metadata
+    return {
+        name: {"shape": list(item.size), "dtype": str(item.properties.dtype).removeprefix("torch.")}
+        for name, item in sorted(stored.items())
+        if isinstance(item, TensorStorageMetadata)
+    }
