@@ -122,7 +122,8 @@ def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
     elif stage not in (1, 2, 3):
         found.append(f"zero.stage={stage} does not exist: use 1, 2 or 3")
     if stage == 3 and parallel.pipeline > 1:
-        found.append(f"zero.stage=3 does not work with parallel.pipeline={parallel.pipeline} stages: use zero.stage=1 or 2")
+        found.append(f"zero.stage=3 with parallel.pipeline={parallel.pipeline} would wait for ever: DeepSpeed compares all ranks at the "
+                     "beginning of each forward, before later stages have begun theirs; use zero.stage=1 or 2")  # fmt: skip
     if parallel.expert > 1:
         found.append(f"parallel.expert={parallel.expert}: mixture-of-experts models are not supported yet, leave it at 1")
     if parallel.sequence and parallel.tensor == 1:

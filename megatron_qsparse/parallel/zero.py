@@ -55,7 +55,10 @@ class ZeroEngine:
         if stage not in SUPPORTED_STAGES:
             raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
         if stage == 3 and parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            raise ValueError("ZeRO stage 3 does not work with pipeline stages: use stage 1 or 2")
+            # partitioned_param_coordinator.py reset_step -> assert_ints_same_as_other_ranks (DeepSpeed 0.19.8): a broadcast over all
+            # ranks, while the next stage waits for this one's activations.
+            raise ValueError("ZeRO stage 3 and pipeline stages wait for each other for ever: each forward of stage 3 begins with a "
+                             "comparison over all ranks, before later pipeline stages have begun; use stage 1 or 2")  # fmt: skip
         self._shared_embedding = shared_embedding(model)
         if self._shared_embedding is not None and stage == 2:
             raise ValueError("tied embeddings over pipeline stages need ZeRO stage 1: stage 2 has scattered their gradients by then")
