@@ -16,8 +16,9 @@ class ScheduledModel(nn.Module):
     """What the schedule calls. DeepSpeedEngine's own `config` attribute is DeepSpeed's and would shadow the TransformerConfig.
 
     DeepSpeed resets its per-backward bookkeeping in forward; in 1F1B two backwards follow each other without a forward, and
-    the second would lose its epilogue (a wrong gradient norm with bf16 or ZeRO-2). A hook on the output, which runs first in
-    the backward of its micro-batch, resets it there.
+    the second would lose its epilogue (a wrong gradient norm with bf16 or ZeRO-2). A hook on the output, at the beginning of the
+    backward of its micro-batch, resets it there and asks for the epilogue at the end of that backward: asked for later, by the
+    first gradient, it could come at the end of the nested backward of a recomputed layer.
     """
 
     def __init__(self, engine, model: nn.Module):
@@ -37,6 +38,7 @@ class ScheduledModel(nn.Module):
 
     def _before_backward(self, grad):
         self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.optimizer.queue_post_backward_callback()
 
 
 def run_micro_batches(

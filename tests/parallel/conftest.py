@@ -13,7 +13,7 @@ DATA_PARALLEL = [replace(case, stage=stage) for case in ONE[:4] for stage in (1,
 PIPELINE = [replace(case, pipeline=2) for case in ONE]
 PIPELINE_STAGE_2 = [replace(case, pipeline=2, stage=2) for case in ONE[:2]]
 RECOMPUTE = [replace(case, recompute=True) for case in ONE[2:4]]
-PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE]
+PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE] + [replace(PIPELINE_STAGE_2[0], recompute=True)]
 TENSOR = [Case("bitnet_groups_subln", tensor=2, steps=1)] + [Case(variant, tensor=2, sequence=True, steps=1) for variant in VARIANTS]
 TWO_COPIES = Case("tied_bitnet_subln", "bf16", two_copies=True)
 UNRESET = [Case(precision="fp32", pipeline=2, stage=2, steps=1, without_reset=True),
