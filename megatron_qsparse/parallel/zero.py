@@ -14,7 +14,7 @@ from megatron_qsparse.layers.ternary import TernaryWeights
 from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks, reduce_shared_embedding, shared_embedding
 from megatron_qsparse.parallel.groups import ModelParallelUnit
 from megatron_qsparse.parallel.partition import PartitionSettings, gathered
-from megatron_qsparse.parallel.schedule import ScheduledModel, run_micro_batches
+from megatron_qsparse.parallel.schedule import run_micro_batches, scheduled_models
 
 SUPPORTED_STAGES = (1, 2, 3)
 
@@ -74,7 +74,7 @@ class ZeroEngine:
             model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
             config=self._deepspeed_config(adam.clip, partition or PartitionSettings()),
         )  # fmt: skip
-        self._scheduled = ScheduledModel(self.engine, model)
+        self._scheduled = scheduled_models(self.engine, model)
 
     @property
     def optimizer(self):

@@ -7,6 +7,7 @@ Sharding is written down here a second time, independently of the library: a par
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -47,11 +48,11 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
 
 
 @contextlib.contextmanager
-def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterator[ParallelConfig]:
+def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False, virtual: int = 1) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, virtual_pipeline=virtual)
     _initialize(parallel)
     try:
         yield parallel
@@ -59,7 +60,7 @@ def layout(tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Iterat
         parallel_state.destroy_model_parallel()
 
 
-_initialized: dict[tuple[int, int], dict] = {}
+_initialized: dict[tuple[int, int, int], dict] = {}
 _of_world: list = [None]
 
 
@@ -76,11 +77,12 @@ def _initialize(parallel: ParallelConfig) -> None:
     if _of_world[0] is not dist.group.WORLD:
         _initialized.clear()
         _of_world[0] = dist.group.WORLD
-    state = _initialized.get((parallel.tensor, parallel.pipeline))
+    key = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    state = _initialized.get(key)
     if state is None:
         groups.initialize(parallel, CPU, seed=0)
         state = {name: value for name, value in vars(parallel_state).items() if name.isupper()}
-        _initialized[parallel.tensor, parallel.pipeline] = state
+        _initialized[key] = state
     else:
         vars(parallel_state).update(state)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
@@ -98,11 +100,14 @@ def one_process() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def build(variant: str, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, recompute: bool = False):
+def build(
+    variant: str, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, recompute: bool = False, layers: int = 2
+):  # fmt: skip
     """This rank's part of a variant, with the library's own initial weights."""
     from megatron_qsparse.models.gpt import build_model
 
     model, qsparse, bitnet = VARIANTS[variant]
+    model = replace(model, num_layers=layers)
     return build_model(
         model, qsparse, bitnet, parallel, sequence_length=SEQUENCE, dtype=dtype, seed=seed, device=CPU, recompute=recompute
     )  # fmt: skip
@@ -115,11 +120,14 @@ def tokens(samples: int, seed: int = 0, vocabulary: int = 128) -> torch.Tensor:
 
 def global_names(model) -> dict[str, torch.nn.Parameter]:
     """Parameters by the name they have in a model that is not cut into pipeline stages."""
-    numbers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    from megatron_qsparse.models.chunks import chunks_of
+
     named = {}
-    for name, param in model.named_parameters():
-        prefix = next((local for local in numbers if name.startswith(local)), None)
-        named[name if prefix is None else numbers[prefix] + name.removeprefix(prefix)] = param
+    for chunk in chunks_of(model):
+        numbers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(chunk.decoder.layers)}
+        for name, param in chunk.named_parameters():
+            prefix = next((local for local in numbers if name.startswith(local)), None)
+            named[name if prefix is None else numbers[prefix] + name.removeprefix(prefix)] = param
     return named
 
 

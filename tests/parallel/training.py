@@ -24,6 +24,9 @@ class Case:
     precision: str = "fp32"
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers on each pipeline stage."""
+    layers: int = 2
     sequence: bool = False
     stage: int = 1
     steps: int = 3
@@ -54,7 +57,7 @@ def make_engine(case: Case, parallel):
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
     _freeze_libraries()
-    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute)
+    model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
     adam = AdamSettings(beta1=0.9, beta2=0.95, eps=EPS, clip=1.0)
     persistence, reuse, prefetch = case.partition
     partition = PartitionSettings(persistence_threshold=persistence, reuse_distance=reuse, prefetch=prefetch)
@@ -87,7 +90,7 @@ def take_step(engine, step: int, lr: float = LR):
 
 def train(case: Case) -> History:
     """Collective over the world."""
-    with layout(case.tensor, case.pipeline, case.sequence) as parallel, _without_reset(case.without_reset):
+    with layout(case.tensor, case.pipeline, case.sequence, case.virtual) as parallel, _without_reset(case.without_reset):
         engine = make_engine(case, parallel)
         results = [take_step(engine, 0)]
         weights = gather(engine.model)
