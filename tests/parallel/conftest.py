@@ -18,6 +18,10 @@ TENSOR = [Case("bitnet_groups_subln", tensor=2, steps=1)] + [Case(variant, tenso
 TWO_COPIES = Case("tied_bitnet_subln", "bf16", two_copies=True)
 UNRESET = [Case(precision="fp32", pipeline=2, stage=2, steps=1, without_reset=True),
            Case(precision="bf16", pipeline=2, stage=1, steps=1, without_reset=True)]  # fmt: skip
+ZERO_3 = [
+    Case("bitnet_groups_subln", tensor=2, sequence=True, stage=3, steps=2),
+    Case("tied_bitnet_subln", "bf16", tensor=2, stage=3, steps=2),
+]
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +41,15 @@ def two_ranks() -> dict[Case, History]:
     """By the engine on two ranks: data, pipeline or tensor parallel."""
     cases = DATA_PARALLEL + PIPELINE + PIPELINE_STAGE_2 + PIPELINE_RECOMPUTE + TENSOR + UNRESET
     return run_distributed(train_all, 2, cases, timeout=300)[0]
+
+
+def _on_four_ranks(rank: int) -> dict:
+    from tests.parallel.test_grouped_query import compare
+
+    return {**train_all(rank, ZERO_3 + [replace(case, stage=1) for case in ZERO_3]), "grouped query": compare()}
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> dict:
+    """By the engine on two by two tensor- and data-parallel ranks; and what `test_grouped_query` compares on four."""
+    return run_distributed(_on_four_ranks, 4, timeout=300)[0]
