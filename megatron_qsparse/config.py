@@ -75,6 +75,9 @@ class ParallelConfig:
     """Tensor-parallel ranks: every linear is split over them."""
     pipeline: int = 1
     """Pipeline stages, scheduled 1F1B."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline stage (interleaved 1F1B): smaller bubbles for more messages. The layers must divide among
+    all chunks of all stages, and a rank's micro-batches of a step be a multiple of the stages."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals are split along the sequence over the tensor-parallel ranks."""
     expert: int = 1
@@ -83,6 +86,11 @@ class ParallelConfig:
     moe_token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts. "alltoall" sends each token where it is needed; "allgather" gathers all of them everywhere,
     which suits few ranks and many experts per token."""
+
+    @property
+    def chunks(self) -> int | None:
+        """`virtual_pipeline` as Megatron wants it: None for the plain schedule."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
     parallel = config.parallel
     layout = Layout(
         tensor=parallel.tensor, pipeline=parallel.pipeline, data=max(1, world_size // (parallel.tensor * parallel.pipeline)),
-        sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage,
+        virtual_pipeline=parallel.virtual_pipeline, sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage,
     )  # fmt: skip
     precision = config.train.precision
     memory = memory_per_rank(

@@ -89,7 +89,8 @@ def _range_problems(config: PretrainConfig) -> list[str]:
         "train.global_batch_size": config.train.global_batch_size, "train.log_interval": config.train.log_interval,
         "data.sequence_length": config.data.sequence_length, "data.window_shards": config.data.window_shards,
         "parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline,
-        "parallel.expert": config.parallel.expert, "checkpoint.keep_last": config.checkpoint.keep_last,
+        "parallel.virtual_pipeline": config.parallel.virtual_pipeline, "parallel.expert": config.parallel.expert,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
         "validation.samples": config.validation.samples,
     }  # fmt: skip
     not_negative = {
@@ -122,9 +123,13 @@ def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
     elif stage not in (1, 2, 3):
         found.append(f"zero.stage={stage} does not exist: use 1, 2 or 3")
     if stage == 3 and parallel.pipeline > 1:
-        found.append(f"zero.stage=3 does not work with parallel.pipeline={parallel.pipeline} stages: use zero.stage=1 or 2")
+        found.append(f"zero.stage=3 with parallel.pipeline={parallel.pipeline} would wait for ever: DeepSpeed compares all ranks at the "
+                     "beginning of each forward, before later stages have begun theirs; use zero.stage=1 or 2")  # fmt: skip
     if parallel.sequence and parallel.tensor == 1:
         found.append("parallel.sequence=true has no effect with parallel.tensor=1: raise parallel.tensor or leave it out")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        found.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} has no effect with parallel.pipeline=1: raise "
+                     "parallel.pipeline or leave it out")  # fmt: skip
     if min(parallel.tensor, parallel.pipeline, train.micro_batch_size, train.global_batch_size) < 1:
         return found
     model_ranks = parallel.tensor * parallel.pipeline
@@ -136,6 +141,10 @@ def _parallel_problems(config: PretrainConfig, world_size: int) -> list[str]:
         at_once = train.micro_batch_size * data_parallel
         found.append(f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
                      f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {at_once}")  # fmt: skip
+    elif parallel.virtual_pipeline > 1 and train.global_batch_size // (train.micro_batch_size * data_parallel) % parallel.pipeline:
+        micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel)
+        found.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the {micro_batches} micro-batches of a rank to be a "
+                     f"multiple of parallel.pipeline={parallel.pipeline}: change train.global_batch_size")  # fmt: skip
     if parallel.sequence and config.data.sequence_length % parallel.tensor:
         found.append(f"data.sequence_length={config.data.sequence_length} is not divisible by parallel.tensor={parallel.tensor}, "
                      "as parallel.sequence=true needs")  # fmt: skip
@@ -188,6 +197,10 @@ def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
         found.append(f"model.num_query_groups={model.num_query_groups} and parallel.tensor={parallel.tensor}: one must divide the other")
     if model.num_layers % parallel.pipeline:
         found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
+    elif parallel.pipeline > 1 and model.num_layers % (parallel.pipeline * max(1, parallel.virtual_pipeline)):
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline} * "
+                     f"parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks")  # fmt: skip
     if model.tied_embeddings and parallel.pipeline > 1 and config.zero.stage == 2:
         found.append(f"zero.stage=2 cannot tie embeddings over parallel.pipeline={parallel.pipeline} stages "
                      "(model.tied_embeddings=true): use zero.stage=1")  # fmt: skip

@@ -18,15 +18,15 @@ from megatron_qsparse.layers.norm import RMSNorm
 
 
 def block_spec(
-    config: TransformerConfig, qsparse: QSparseConfig | None = None, bitnet: BitNetConfig | None = None
+    config: TransformerConfig, qsparse: QSparseConfig | None = None, bitnet: BitNetConfig | None = None, chunk: int | None = None
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline rank builds, with each projection's recipe resolved by its global layer number.
 
-    None stands for dense and full precision.
+    None stands for dense and full precision. chunk: which of a stage's chunks under the interleaved schedule, else None.
     """
     qsparse, bitnet = qsparse or QSparseConfig(), bitnet or BitNetConfig()
-    offset = get_transformer_layer_offset(config)
-    layers = [_layer_spec(config, offset + local, qsparse, bitnet) for local in range(get_num_layers_to_build(config))]
+    offset = get_transformer_layer_offset(config, chunk)
+    layers = [_layer_spec(config, offset + local, qsparse, bitnet) for local in range(get_num_layers_to_build(config, chunk))]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 

@@ -199,6 +199,8 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline stage."""
     sequence: bool = False
     """Sequence parallelism: shards what is otherwise whole on each tensor-parallel rank."""
     expert: int = 1
@@ -215,14 +217,15 @@ def memory_per_rank(
 
     weights: in `precision`. gradients: fp32 accumulation buffers. optimizer: `OPTIMIZER_BYTES`. codes: one byte for each
     parameter of a quantized projection, none with ZeRO-3, which makes them anew at each use. activations: an estimate of what
-    autograd keeps, without recomputation, allocator slack or communication buffers; stage s of p holds p - s micro-batches (1F1B).
-    Experts are taken as equally loaded. Raises ValueError where the layers do not divide among the stages or the ZeRO stage is
-    not 1, 2 or 3.
+    autograd keeps, without recomputation, allocator slack or communication buffers; stage s of p holds p - s micro-batches (1F1B),
+    and with v chunks a stage those of (v - 1)p + 2(p - s - 1) + 1 chunks. Experts are taken as equally loaded.
+    Raises ValueError where the layers do not divide among the stages and chunks or the ZeRO stage is not 1, 2 or 3.
     """
     if layout.zero_stage not in (1, 2, 3):
         raise ValueError(f"zero.stage={layout.zero_stage}: memory is known for stages 1, 2 and 3")
-    if model.num_layers % layout.pipeline:
-        raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={layout.pipeline}")
+    if model.num_layers % (layout.pipeline * layout.virtual_pipeline):
+        raise ValueError(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={layout.pipeline} * "
+                         f"parallel.virtual_pipeline={layout.virtual_pipeline}")  # fmt: skip
     stages = {0, layout.pipeline - 1}
     return max(
         (_stage_memory(s, model, layout, qsparse, bitnet, precision, micro_batch_size * sequence_length) for s in stages),
@@ -239,13 +242,15 @@ def _stage_memory(
     stage: int, model: ModelConfig, layout: Layout, qsparse: QSparseConfig, bitnet: BitNetConfig, precision: Precision, tokens: int
 ) -> Memory:
     shapes = projection_shapes(model)
-    per_stage = model.num_layers // layout.pipeline
+    per_stage, chunks = model.num_layers // layout.pipeline, layout.virtual_pipeline
+    per_chunk = per_stage // chunks
     first, last = stage == 0, stage == layout.pipeline - 1
     element = ELEMENT_BYTES[precision]
     matrices, experts = _layer_matrices(model, shapes, layout)
     held, held_experts = per_stage * matrices, per_stage * experts
     codes = activations = 0
-    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+    starts = [(chunk * layout.pipeline + stage) * per_chunk for chunk in range(chunks)]
+    for layer in (start + i for start in starts for i in range(per_chunk)):
         settings = {n: resolve(layer, model.num_layers, n, inputs, qsparse, bitnet) for n, (_, inputs) in shapes.items()}
         codes += sum(_held_here(model, name, shapes, layout) for name in shapes if settings[name].quantized)
         activations += _layer_activation_bytes(model, layout, settings, precision)
@@ -260,6 +265,8 @@ def _stage_memory(
     tables = first + last if not (model.tied_embeddings and layout.pipeline == 1) else 1
     held += tables * model.vocab_size * model.hidden_size / layout.tensor + last * model.hidden_size
     in_flight = layout.pipeline - stage
+    if chunks > 1:
+        in_flight = ((chunks - 1) * layout.pipeline + 2 * (layout.pipeline - stage - 1) + 1) / chunks
     # Vocabulary-parallel cross entropy keeps the logits in `precision` and their exponentials in fp32.
     logits = last * model.vocab_size / layout.tensor * (element + 4)
     partitioned = layout.zero_stage == 3

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_qsparse.config import BitNetConfig, ParallelConfig, QSparseConfig
 from megatron_qsparse.layers.mlp import ACTIVATIONS
 from megatron_qsparse.layers.specs import block_spec
+from megatron_qsparse.models.chunks import PipelineChunks
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.initialization import initialize_by_name
 
@@ -29,6 +30,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         gated_linear_unit=True, activation_func=ACTIVATIONS[model.activation],
         attention_dropout=0.0, hidden_dropout=0.0, init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.chunks,
         expert_model_parallel_size=parallel.expert, sequence_parallel=parallel.sequence,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True, perform_initialization=True, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
@@ -66,18 +68,25 @@ class _GPT(GPTModel):
 def build_model(
     model: ModelConfig, qsparse: QSparseConfig, bitnet: BitNetConfig, parallel: ParallelConfig, *,
     sequence_length: int, dtype: torch.dtype, seed: int, device: torch.device, recompute: bool = False,
-) -> GPTModel:  # fmt: skip
+) -> GPTModel | PipelineChunks:  # fmt: skip
     """This rank's tensor-parallel shard of this rank's pipeline stage, with initial weights that no layout changes.
 
     Megatron's process groups must exist. The model maps (tokens [batch, sequence], position_ids, None, labels) to the loss of
-    each token [batch, sequence], fp32.
+    each token [batch, sequence], fp32; with an interleaved schedule it is `PipelineChunks`.
     """
     config = transformer_config(model, parallel, dtype, recompute)
-    gpt = _GPT(
-        config, block_spec(config, qsparse, bitnet), vocab_size=model.vocab_size, max_sequence_length=sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True, share_embeddings_and_output_weights=model.tied_embeddings,
-        position_embedding_type="rope", rotary_base=model.rope_base,
-    )  # fmt: skip
-    initialize_by_name(gpt, seed, std=model.init_std, residual_std=model.init_std / math.sqrt(2 * model.num_layers))
-    return gpt.to(device)
+
+    def build(chunk: int | None) -> GPTModel:
+        gpt = _GPT(
+            config, block_spec(config, qsparse, bitnet, chunk), vocab_size=model.vocab_size, max_sequence_length=sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk), vp_stage=chunk,
+            parallel_output=True, share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="rope", rotary_base=model.rope_base,
+        )  # fmt: skip
+        initialize_by_name(gpt, seed, std=model.init_std, residual_std=model.init_std / math.sqrt(2 * model.num_layers))
+        return gpt
+
+    if parallel.chunks is None:
+        return build(None).to(device)
+    return PipelineChunks([build(chunk) for chunk in range(parallel.chunks)]).to(device)

@@ -23,7 +23,9 @@ def initialize(parallel: ParallelConfig, device: torch.device, seed: int) -> Non
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, expert_model_parallel_size=parallel.expert)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor, parallel.pipeline, parallel.chunks, expert_model_parallel_size=parallel.expert
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

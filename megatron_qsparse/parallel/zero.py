@@ -16,7 +16,7 @@ from megatron_qsparse.parallel.expert_groups import optimizer_groups, register_e
 from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks, reduce_shared_embedding, shared_embedding
 from megatron_qsparse.parallel.groups import ModelParallelUnit
 from megatron_qsparse.parallel.partition import PartitionSettings, gathered
-from megatron_qsparse.parallel.schedule import ScheduledModel, run_micro_batches
+from megatron_qsparse.parallel.schedule import run_micro_batches, scheduled_models
 
 SUPPORTED_STAGES = (1, 2, 3)
 
@@ -57,7 +57,10 @@ class ZeroEngine:
         if stage not in SUPPORTED_STAGES:
             raise ValueError(f"ZeRO stage {stage}: supported stages are {SUPPORTED_STAGES}")
         if stage == 3 and parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            raise ValueError("ZeRO stage 3 does not work with pipeline stages: use stage 1 or 2")
+            # partitioned_param_coordinator.py reset_step -> assert_ints_same_as_other_ranks (DeepSpeed 0.19.8): a broadcast over all
+            # ranks, while the next stage waits for this one's activations.
+            raise ValueError("ZeRO stage 3 and pipeline stages wait for each other for ever: each forward of stage 3 begins with a "
+                             "comparison over all ranks, before later pipeline stages have begun; use stage 1 or 2")  # fmt: skip
         self._shared_embedding = shared_embedding(model)
         if self._shared_embedding is not None and stage == 2:
             raise ValueError("tied embeddings over pipeline stages need ZeRO stage 1: stage 2 has scattered their gradients by then")
@@ -75,7 +78,7 @@ class ZeroEngine:
             model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
             config=self._deepspeed_config(adam.clip, partition or PartitionSettings()),
         )  # fmt: skip
-        self._scheduled = ScheduledModel(self.engine, model)
+        self._scheduled = scheduled_models(self.engine, model)
 
     @property
     def optimizer(self):

@@ -168,6 +168,20 @@ def test_memory_takes_the_fullest_stage():
     assert last.weights == 2 * (layer + 80_000 + 8)
 
 
+def test_interleaving_keeps_more_activations_of_the_same_weights():
+    """Two stages of two chunks: stage 0 has layers 0 and 2, and 2 + 2 + 1 chunks in flight where 2 micro-batches were 4."""
+    model = apply_preset(
+        ModelConfig(num_layers=4, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=10), None
+    )
+    plain = accounting.memory_per_rank(model, Layout(pipeline=2), *DENSE, "bf16", 4, 64)
+    interleaved = accounting.memory_per_rank(model, Layout(pipeline=2, virtual_pipeline=2), *DENSE, "bf16", 4, 64)
+    assert interleaved.weights == plain.weights and interleaved.activations == plain.activations * 5 / 4
+    bitnet, qsparse = BitNetConfig(enabled=True), QSparseConfig(recipe=[RecipeRule(match="layers.[13].*", bitnet=False)])
+    layer = QKV + PROJ + GATE_UP + DOWN
+    assert accounting.memory_per_rank(model, Layout(pipeline=2), qsparse, bitnet, "bf16", 4, 64).codes == layer
+    assert accounting.memory_per_rank(model, Layout(pipeline=2, virtual_pipeline=2), qsparse, bitnet, "bf16", 4, 64).codes == 2 * layer
+
+
 def test_recipes_decide_where_codes_are_kept():
     bitnet = BitNetConfig(enabled=True)
     qsparse = QSparseConfig(recipe=[RecipeRule(match="layers.0.*", bitnet=False)])

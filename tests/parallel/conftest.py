@@ -13,8 +13,13 @@ VARIANTS = ("dense", "bitnet_groups_subln", "tied_bitnet_subln")
 ONE = [Case(variant, precision) for variant in VARIANTS for precision in ("fp32", "bf16")]
 RECOMPUTE = [replace(case, recompute=True) for case in ONE[2:4]]
 PIPELINE = [replace(case, pipeline=2) for case in ONE[2:]]
-PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE]
+PIPELINE_STAGE_2 = Case("dense", "fp32", pipeline=2, stage=2)
+PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE] + [replace(PIPELINE_STAGE_2, recompute=True)]
 TWO_COPIES = Case("tied_bitnet_subln", "bf16", two_copies=True)
+ZERO_3 = [
+    Case("bitnet_groups_subln", tensor=2, sequence=True, stage=3, steps=2),
+    Case("tied_bitnet_subln", "bf16", tensor=2, stage=3, steps=2),
+]
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +37,7 @@ def one_rank(pool) -> dict[Case, History]:
 @pytest.fixture(scope="session")
 def two_stages(pool) -> dict[Case, History]:
     """By the engine on two pipeline stages."""
-    return pool.run(train_all, 2, PIPELINE + PIPELINE_RECOMPUTE)[0]
+    return pool.run(train_all, 2, [*PIPELINE, PIPELINE_STAGE_2, *PIPELINE_RECOMPUTE], timeout=300)[0]
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +47,15 @@ def invariance_table(pytestconfig) -> Iterator[InvarianceTable]:
     yield table
     if path:
         table.write(Path(path))
+
+
+def _on_four_ranks(rank: int) -> dict:
+    from tests.parallel.test_grouped_query import compare
+
+    return {**train_all(rank, ZERO_3 + [replace(case, stage=1) for case in ZERO_3]), "grouped query": compare()}
+
+
+@pytest.fixture(scope="session")
+def four_ranks(pool) -> dict:
+    """By the engine on two by two tensor- and data-parallel ranks; and what `test_grouped_query` compares on four."""
+    return pool.run(_on_four_ranks, 4, timeout=300)[0]

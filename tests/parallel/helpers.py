@@ -63,12 +63,14 @@ lives on, and with it all process groups of its model, each with its sockets and
 
 @contextlib.contextmanager
 def layout(
-    tensor: int = 1, pipeline: int = 1, sequence: bool = False, expert: int = 1, dispatcher: str = "alltoall"
+    tensor: int = 1, pipeline: int = 1, sequence: bool = False, virtual: int = 1, expert: int = 1, dispatcher: str = "alltoall"
 ) -> Iterator[ParallelConfig]:
     """Megatron's groups for one layout over the running default group; other layouts may follow."""
     from megatron.core import parallel_state
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, moe_token_dispatcher=dispatcher)
+    parallel = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, sequence=sequence, virtual_pipeline=virtual, expert=expert, moe_token_dispatcher=dispatcher
+    )
     _initialize(parallel)
     try:
         yield parallel
@@ -95,7 +97,7 @@ def _initialize(parallel: ParallelConfig) -> None:
     if _of_world[0] is not dist.group.WORLD:
         _initialized.clear()
         _of_world[0] = dist.group.WORLD
-    key = parallel.tensor, parallel.pipeline, parallel.expert
+    key = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert
     state = _initialized.get(key)
     if state is None:
         groups.initialize(parallel, CPU, seed=0)
@@ -124,9 +126,9 @@ def build(
     from megatron_qsparse.models.gpt import build_model
 
     model, qsparse, bitnet = VARIANTS[variant]
+    model = replace(model, num_layers=layers)
     return build_model(
-        replace(model, num_layers=layers), qsparse, bitnet, parallel, sequence_length=SEQUENCE, dtype=dtype, seed=seed, device=CPU,
-        recompute=recompute,
+        model, qsparse, bitnet, parallel, sequence_length=SEQUENCE, dtype=dtype, seed=seed, device=CPU, recompute=recompute
     )  # fmt: skip
 
 
@@ -139,16 +141,19 @@ def global_names(model) -> dict[str, torch.nn.Parameter]:
     """Parameters by the name they have in a model that is not cut into pipeline stages and holds all experts."""
     from megatron.core import parallel_state
 
-    layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    from megatron_qsparse.models.chunks import chunks_of
+
     local = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * local
     experts = {f".local_experts.{i}.": f".local_experts.{first + i}." for i in range(local)}
     named = {}
-    for name, param in model.named_parameters():
-        for numbers in (layers, experts):
-            here = next((part for part in numbers if part in name), None)
-            name = name if here is None else name.replace(here, numbers[here])
-        named[name] = param
+    for chunk in chunks_of(model):
+        layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(chunk.decoder.layers)}
+        for name, param in chunk.named_parameters():
+            for numbers in (layers, experts):
+                here = next((part for part in numbers if part in name), None)
+                name = name if here is None else name.replace(here, numbers[here])
+            named[name] = param
     return named
 
 

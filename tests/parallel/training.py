@@ -24,6 +24,8 @@ class Case:
     precision: str = "fp32"
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers on each pipeline stage."""
     sequence: bool = False
     expert: int = 1
     dispatcher: str = "alltoall"
@@ -102,7 +104,7 @@ def micro_batches(step: int, samples: int = GLOBAL_BATCH) -> list[torch.Tensor]:
 
 
 def case_layout(case: Case):
-    return layout(case.tensor, case.pipeline, case.sequence, case.expert, case.dispatcher)
+    return layout(case.tensor, case.pipeline, case.sequence, case.virtual, case.expert, case.dispatcher)
 
 
 def take_step(engine, step: int, lr: float = LR, samples: int = GLOBAL_BATCH):
