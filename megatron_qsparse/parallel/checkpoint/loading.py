@@ -119,5 +119,5 @@ def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:
     if same:
         rng.restore(reader.read_object("rng", dist.get_rank(), dist.get_world_size()))
     else:
-        rng.start_anew(reader.common["adam_step"])
+        rng.start_anew(reader.common.get("seed", 0), reader.common["adam_step"])
     return same

@@ -27,7 +27,7 @@ class Snapshot:
     """Master weights and moments; empty where only weights were asked for."""
     objects: list[ShardedObject]
     common: dict[str, Any]
-    """The same on every rank."""
+    """Rank 0's is written."""
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +81,8 @@ def common(engine: ZeroEngine, optimizer: bool) -> dict[str, Any]:
         "content": "everything" if optimizer else "weights",
         "adam_step": adam_step(engine),
         "layout": layout(engine),
+        # Rank 0 writes this: the seed its generator started from.
+        "seed": torch.initial_seed(),
     }
 
 
