@@ -3,6 +3,7 @@
 The largest parameter is 32 MB in fp32, so that a copy too many stands out from what the interpreter and allocators take.
 """
 
+import ctypes
 import gc
 from pathlib import Path
 
@@ -29,6 +30,10 @@ class _Peak:
 
     def __enter__(self):
         gc.collect()
+        # Memory that the allocator keeps after it was freed would hide what is allocated, or pass for it: blocks of a MB and
+        # more come from the kernel and go back to it (M_MMAP_THRESHOLD is -3).
+        ctypes.CDLL(None).mallopt(-3, MIB)
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._before = _resident("VmRSS")
         return self

@@ -51,15 +51,15 @@ class Place:
         key = f"{prefix}{self.sharded.key}"
         if isinstance(self.sharded, ShardedTensorFactory):
             factory = replace(self.sharded, key=key, data=whole)
-            return Pieces(factory.build(), factory.merge_fn)
-        return Pieces([replace(self.sharded, key=key, data=whole, dtype=whole.dtype)], lambda pieces: pieces[0])
+            return Pieces(whole, factory.build(), factory.merge_fn)
+        return Pieces(whole, [replace(self.sharded, key=key, data=whole, dtype=whole.dtype)], lambda pieces: pieces[0])
 
 
 class Pieces:
     """One tensor as the ShardedTensors that are stored."""
 
-    def __init__(self, nested: list | dict, merge: Callable):
-        self._nested, self._merge = dict_list_map_outplace(_contiguous, nested), merge
+    def __init__(self, whole: torch.Tensor, nested: list | dict, merge: Callable):
+        self._whole, self._nested, self._merge = whole, dict_list_map_outplace(_contiguous, nested), merge
 
     def __iter__(self) -> Iterator[ShardedTensor]:
         """In the form that is written and read; what is read into them, `merged` finds."""
@@ -67,6 +67,10 @@ class Pieces:
 
     def merged(self) -> torch.Tensor:
         """The tensor from what now lies in the pieces."""
+        storage = self._whole.untyped_storage().data_ptr()
+        if all(piece.data.untyped_storage().data_ptr() == storage for piece in nested_values(self._nested)):
+            # Views of the tensor that was cut: whoever filled them filled it.
+            return self._whole
         return self._merge(dict_list_map_outplace(lambda piece: piece.data, self._nested))
 
 
