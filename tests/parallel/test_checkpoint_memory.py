@@ -28,8 +28,16 @@ def _resident(name: str) -> int:
 class _Peak:
     """How far the resident set rises above where it was, inside `with`."""
 
+    def __init__(self, engine):
+        self._engine = engine
+
     def __enter__(self):
         gc.collect()
+        # The kernel may have taken pages back that were idle for a while; those return when the state is read or written.
+        for flat, state in self._engine.optimizer.optimizer.state.items():
+            flat.sum(), state["exp_avg"].sum(), state["exp_avg_sq"].sum()
+        for param in self._engine.model.parameters():
+            (param.ds_tensor if self._engine.stage == 3 else param.data).sum()
         # Memory that the allocator keeps after it was freed would hide what is allocated, or pass for it: blocks of a MB and
         # more come from the kernel and go back to it (M_MMAP_THRESHOLD is -3).
         ctypes.CDLL(None).mallopt(-3, MIB)
@@ -74,16 +82,16 @@ def _measure(rank: int, root: Path) -> dict[int, dict[str, int]]:
         directory.mkdir(exist_ok=True)
         with layout() as parallel:
             engine = _engine(stage, parallel)
-            with _Peak() as first:
+            with _Peak(engine) as first:
                 # Once without measuring it: imports and thread stacks stay.
                 checkpoint.save(engine, directory, weights_only=True)
             saver = Saver(engine)
-            with _Peak() as saving:
+            with _Peak(engine) as saving:
                 saver.start([Output(directory=root / f"{stage} measured")])
                 report = saver.wait()
             saver.close()
             torch.distributed.barrier()
-            with _Peak() as loading:
+            with _Peak(engine) as loading:
                 checkpoint.load(engine, root / f"{stage} measured")
             found[stage] = {"first": first.extra, "save": saving.extra, "load": loading.extra, "written": report.nbytes}
             del engine, saver

@@ -99,6 +99,9 @@ def places(model: nn.Module) -> list[Place]:
                 _refuse_extra_state(entry)
             else:
                 found[id(entry.data)] = (entry.without_data(), tuple(entry.data.shape))
+    lost = [name for name, param in model.named_parameters() if id(param) not in found]
+    if lost:
+        raise ValueError(f"sharded_state_dict knows no place for {', '.join(lost)}: a checkpoint would lack them")
     named = [*model.named_parameters(), *model.named_buffers()]
     return [Place(name, tensor, found[id(tensor)][1], found[id(tensor)][0]) for name, tensor in named if id(tensor) in found]
 
