@@ -67,8 +67,11 @@ def _on_two(rank: int, root: Path) -> dict:
     for mistake, case in MISTAKES.items():
         with _make(mistake):
             found[mistake] = train(case)
-    with case_layout(DENSE) as parallel:
-        found["initial"] = gather(build("moe", parallel))
+    for sizes in ({}, {"expert": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}):
+        with case_layout(replace(DENSE, **sizes)) as parallel:
+            found.setdefault("initial", []).append(
+                {variant: gather(build(variant, parallel)) for variant in (DENSE.variant, QUANTIZED.variant)}
+            )
     found["metrics"] = {case: _metrics(case) for case in (DENSE, replace(DENSE, expert=2), replace(DENSE, tensor=2, sequence=True))}
     for name, cases in SAVED.items():
         found[name] = _save_and_load(cases, root / name)
@@ -204,13 +207,22 @@ def test_with_bf16_the_norm_counts_the_experts_of_all_tensor_parallel_ranks(plai
     assert without < 0.98 * expected.norms[0]
 
 
+@pytest.mark.parametrize("variant", ["moe", "moe_bitnet_groups_subln"])
+def test_every_layout_starts_from_the_same_bits(on_two, variant):
+    one, *others = (weights[variant] for weights in on_two["initial"])
+    experts = [one[f"decoder.layers.1.mlp.experts.local_experts.{number}.linear_fc1.weight"] for number in range(4)]
+    assert not any(torch.equal(experts[0], other) for other in experts[1:])
+    for other in others:
+        assert other.keys() == one.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 def test_experts_without_tokens_get_a_gradient_of_zero(plain, on_two):
     """Weight decay alone changes them: lr * decay = 1e-3 of each entry."""
     for case in (replace(DENSE, expert=2, starved=2), replace(DENSE, tensor=2, sequence=True, steps=1, starved=2)):
         starved, fed = on_two[case].weights, plain[DENSE].weights
         for name in (name for name in starved if ".local_experts." in name):
             decayed = int(name.split(".local_experts.")[1][0]) < 2
-            assert torch.equal(starved[name], on_two["initial"][name] * (1 - LR * DECAY)) == decayed, name
+            assert torch.equal(starved[name], on_two["initial"][0]["moe"][name] * (1 - LR * DECAY)) == decayed, name
             assert not torch.equal(starved[name], fed[name])
 
 
