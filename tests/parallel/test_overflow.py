@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
-from tests.parallel.helpers import gather, layout
-from tests.parallel.training import Case, make_engine, micro_batches, take_step
+from tests.parallel.helpers import gather
+from tests.parallel.training import Case, case_layout, make_engine, micro_batches, take_step
 
 CASES = {
     "fp32": (Case(), math.nan),
@@ -20,6 +20,9 @@ CASES = {
     "fp32 pipeline": (Case(pipeline=2), math.inf),
     "bf16 pipeline": (Case("bitnet_groups_subln", "bf16", pipeline=2), math.inf),
     "bf16 pipeline stage 2": (Case(precision="bf16", pipeline=2, stage=2), math.inf),
+    "fp32 experts": (Case("moe", expert=2), math.nan),
+    "fp32 experts stage 2": (Case("moe", expert=2, stage=2), math.inf),
+    "bf16 experts": (Case("moe", "bf16", expert=2), math.inf),
 }
 
 
@@ -30,11 +33,14 @@ def _poisoned_runs(rank: int) -> dict[str, dict]:
 def _poisoned_run(case: Case, value: float) -> dict:
     """Two good steps, with a poisoned one and an evaluation in between and without them."""
     found = {}
-    with layout(case.tensor, case.pipeline) as parallel:
+    with case_layout(case) as parallel:
         clean, engine = make_engine(case, parallel), make_engine(case, parallel)
         factor = 1.0
         if dist.get_rank() == 0:
-            next(engine.model.decoder.layers[0].parameters()).register_hook(lambda grad: grad * factor)
+            layer = engine.model.decoder.layers[0]
+            # An expert's parameter exists on this rank only.
+            poisoned = layer.mlp.experts if case.expert > 1 else layer
+            next(poisoned.parameters()).register_hook(lambda grad: grad * factor)
         take_step(clean, 0), take_step(engine, 0)
         before = gather(engine.model)
         factor = value
