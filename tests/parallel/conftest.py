@@ -50,12 +50,12 @@ def invariance_table(pytestconfig) -> Iterator[InvarianceTable]:
 
 
 def _on_four_ranks(rank: int) -> dict:
-    from tests.parallel.test_grouped_query import compare
+    from tests.parallel.test_grouped_query import collect
 
-    return {**train_all(rank, ZERO_3 + [replace(case, stage=1) for case in ZERO_3]), "grouped query": compare()}
+    return {**train_all(rank, ZERO_3 + [replace(case, stage=1) for case in ZERO_3]), "grouped query": collect()}
 
 
 @pytest.fixture(scope="session")
 def four_ranks(pool) -> dict:
-    """By the engine on two by two tensor- and data-parallel ranks; and what `test_grouped_query` compares on four."""
+    """By the engine on two by two tensor- and data-parallel ranks; and what `test_grouped_query` looks at on four."""
     return pool.run(_on_four_ranks, 4, timeout=300)[0]
