@@ -54,20 +54,23 @@ class Copier:
             create_adam_state(engine, adam_step(engine))
             world, rank = dist.get_world_size(), dist.get_rank()
             taken.objects.append(ShardedObject("rng", rng.states(), (world,), (rank,)))
+        sending: list[dist.Work] = []
         for spread in self.spreads:
-            taken.weights += self._kept(spread, WEIGHT)
+            taken.weights += self._kept(spread, WEIGHT, sending)
             for kind in STATES if optimizer else ():
-                taken.states += self._kept(spread, kind)
+                taken.states += self._kept(spread, kind, sending)
+        for request in sending:
+            request.wait()
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         return taken
 
-    def _kept(self, spread: Spread, kind: str) -> list[ShardedTensor]:
+    def _kept(self, spread: Spread, kind: str, sending: list[dist.Work]) -> list[ShardedTensor]:
         """Copies of one tensor where this rank writes it. The whole tensor is gone when this returns."""
         if kind == WEIGHT and self.engine.stage < 3:
             whole = spread.place.tensor.data
         else:
-            whole = spread.gather(part_of(self.engine, spread, kind))
+            whole = spread.gather(part_of(self.engine, spread, kind), sending)
         if not spread.is_writer or not spread.place.is_first_copy:
             return []
         return _copies(spread.place, whole.view(spread.place.shape), "" if kind == WEIGHT else f"optimizer.{kind}.")

@@ -42,14 +42,15 @@ class Spread:
         """This rank's."""
         return self.spans[self.group.rank()]
 
-    def gather(self, part: torch.Tensor) -> torch.Tensor | None:
+    def gather(self, part: torch.Tensor, sending: list[dist.Work]) -> torch.Tensor | None:
         """The whole flat tensor on the writer, None elsewhere. part: this rank's span. Collective over the group.
 
-        Where the writer holds everything it gets `part` itself, not a copy.
+        Where the writer holds everything it gets `part` itself, not a copy. sending: takes what this rank still sends when
+        this returns, so that it can go on to tensors that it receives; `part` must not change before that is done.
         """
         if not self.is_writer:
             if self.span[1]:
-                dist.send(part.contiguous(), self._global_rank(self.writer), group=self.group)
+                sending.append(dist.isend(part, self._global_rank(self.writer), group=self.group))
             return None
         if self.span[1] == self.place.numel:
             return part
