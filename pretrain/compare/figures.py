@@ -13,6 +13,8 @@ from pretrain.compare.table import ENTROPY, TRAIN_LOSS, si
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LEAST_REACH = 0.01
+LABEL_HEIGHT = 0.045
+"""Of a panel's height."""
 GREY = "#5b6470"
 
 
@@ -113,7 +115,7 @@ def _draw_gaps(panel: Any, runs: list[Run], baseline: Run, spread: float | None)
         text = f"grey: seeds of one setting\ndiffered by up to {spread:.3f} nat"
         panel.annotate(text, (0.02, 0.03), xycoords="axes fraction", color=GREY, fontsize=8.5, va="bottom")
     panel.axhline(0, color=GREY, linewidth=1)
-    finite, end = [], 1
+    finite, last, end = [], [], 1
     for run, color, marker in _styles(runs):
         points = gap_points(run, baseline)
         if not points:
@@ -122,14 +124,27 @@ def _draw_gaps(panel: Any, runs: list[Run], baseline: Run, spread: float | None)
         end = max(end, points[-1][0])
         steps, gaps = zip(*points, strict=True)
         panel.plot(steps, gaps, color=color, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.8, linewidth=1.4)
-        panel.annotate(f"{gaps[-1]:+.3f}", (steps[-1], gaps[-1]), (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+        last.append((gaps[-1], steps[-1], color))
     least = max(spread or 0.0, LEAST_REACH)
     reach = _reach([[gap for _, gap in gap_points(run, baseline)] for run in runs], least)
-    panel.set_ylim(-reach if min(finite) < -least else -1.7 * least, reach)
+    low = -reach if min(finite) < -least else -1.7 * least
+    panel.set_ylim(low, reach)
+    last.sort(key=lambda end_of_run: end_of_run[0])
+    heights = _apart([gap for gap, _, _ in last], LABEL_HEIGHT * (reach - low))
+    for (gap, step, color), height in zip(last, heights, strict=True):
+        panel.annotate(f"{gap:+.3f}", (step, height), (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
     panel.set_xlim(0, 1.16 * end)
     panel.set_title(f"Validation gap to {baseline.name}", pad=10)
     panel.set_xlabel("step")
     panel.set_ylabel("nat per token")
+
+
+def _apart(heights: list[float], distance: float) -> list[float]:
+    """Sorted heights of labels, each moved up as little as keeps it `distance` above the one below."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + distance) if moved else height)
+    return moved
 
 
 def _tick(value: float) -> str:
