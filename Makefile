@@ -42,9 +42,10 @@ lint: $(VENV)/.installed-test ## ruff
 gpu-smoke: install ## 20 steps of tiny models on one GPU over NCCL against the CPU's losses
 	@$(PY) -m pretrain.gpu_smoke
 
-bench: install ## the figures of the README: tokenization, loader, training throughput
+bench: install ## the figures of the README: tokenization, loader, training throughput, checkpoints
 	@$(PY) -m data_tools.benchmark
 	@$(PY) -m pretrain.benchmark
+	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove .venv and the quickstart's output
 	rm -rf $(VENV) quickstart invariance.md

@@ -5,7 +5,6 @@ Exit status: 0 done, 1 `verify` found damage, 2 bad input or usage, 130 interrup
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,7 +121,7 @@ def run_show(options: argparse.Namespace) -> int:
 
 def run_prune(options: argparse.Namespace) -> int:
     from data_tools.progress import format_count
-    from pretrain.checkpoint.directory import CheckpointDirectory
+    from pretrain.checkpoint.directory import CheckpointDirectory, remove
     from pretrain.checkpoint.inspection import checkpoints_directory
 
     directory = CheckpointDirectory(checkpoints_directory(options.directory), options.keep_last)
@@ -131,7 +130,7 @@ def run_prune(options: argparse.Namespace) -> int:
     for checkpoint in superfluous:
         size = format_count(_size(checkpoint), "B")
         if not options.dry_run:
-            shutil.rmtree(checkpoint)
+            remove(checkpoint)
         print(f"{'would remove' if options.dry_run else 'removed'} {checkpoint} ({size})")
     if not superfluous:
         print(f"nothing to remove: {_number(len(directory.complete(kind)), f'complete {kind} checkpoint')}")

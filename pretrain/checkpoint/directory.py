@@ -48,7 +48,7 @@ class CheckpointDirectory:
         partial.rename(final)
         sync(self.path)
         for old in self.superfluous(self.keep_last):
-            shutil.rmtree(old)
+            remove(old)
         return final
 
     def superfluous(self, keep_last: int, kind: Kind = "step") -> list[Path]:
@@ -80,6 +80,13 @@ class CheckpointDirectory:
         if not self.path.is_dir():
             return []
         return sorted(p for p in self.path.iterdir() if p.is_dir() and kind_of(p) == kind)
+
+
+def remove(checkpoint: Path) -> None:
+    """Take a published checkpoint away; one that is removed half-way is no damaged checkpoint, but an unfinished one."""
+    doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def kind_of(path: Path) -> Kind | None:

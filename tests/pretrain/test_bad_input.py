@@ -106,7 +106,18 @@ def test_a_device_that_is_not_there(shards, tmp_path):
     assert "no CUDA device" in refused(result)
 
 
-@pytest.mark.parametrize("module", ["pretrain.train", "pretrain.plan", "pretrain.compare", "pretrain.tracking", "data_tools"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pretrain.train",
+        "pretrain.plan",
+        "pretrain.compare",
+        "pretrain.tracking",
+        "pretrain.checkpoint",
+        "pretrain.checkpoint.benchmark",
+        "data_tools",
+    ],
+)
 def test_help_is_quick_and_imports_no_torch(module):
     code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_module({module!r}, run_name='__main__')\n"
     code += "except SystemExit as end: assert end.code == 0\nassert 'torch' not in sys.modules and 'mlflow' not in sys.modules"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +19,8 @@ def directory(tmp_path) -> CheckpointDirectory:
     return CheckpointDirectory(tmp_path / "checkpoints", keep_last=2, warn=Warnings())
 
 
-def _publish(directory: CheckpointDirectory, step: int, content: str = "weights") -> Path:
-    partial = directory.begin(step)
+def _publish(directory: CheckpointDirectory, step: int, content: str = "weights", kind: str = "step") -> Path:
+    partial = directory.begin(step, kind)
     (partial / "state" / "part_0.bin").write_text(content)
     (partial / "trainer.json").write_text("{}")
     return directory.publish(partial)
@@ -129,3 +130,46 @@ def test_the_default_warning_goes_to_stderr(tmp_path, capsys):
     with pytest.raises(ValueError):
         directory.newest()
     assert capsys.readouterr().err.startswith("warning: ")
+
+
+def test_milestones_are_not_pruned_nor_taken_for_checkpoints(directory):
+    milestones = [_publish(directory, step, kind="milestone") for step in (5, 10, 40)]
+    steps = [_publish(directory, step) for step in (10, 20, 30)]
+    assert [path.name for path in milestones] == ["milestone_00000005", "milestone_00000010", "milestone_00000040"]
+    assert directory.complete("milestone") == milestones and directory.complete() == steps[1:]
+    assert directory.newest() == steps[2]
+    assert directory.superfluous(1, "milestone") == milestones[:2]
+
+
+def test_a_begun_milestone_and_a_begun_step_leave_each_other_alone(directory):
+    step, milestone = directory.begin(10), directory.begin(10, "milestone")
+    assert step.is_dir() and milestone.is_dir() and step != milestone
+
+
+def test_what_the_writers_know_is_not_read_again_but_compared(directory):
+    partial = directory.begin(7)
+    (partial / "state" / "part_0.bin").write_text("weights")
+    known = SimpleNamespace(size=7, sha256="of the writer")
+    path = directory.publish(partial, {"state/part_0.bin": known})
+    assert json.loads((path / FILES_NAME).read_text())["files"]["state/part_0.bin"]["sha256"] == "of the writer"
+    partial = directory.begin(8)
+    (partial / "state" / "part_0.bin").write_text("wei")
+    with pytest.raises(OSError, match="has 3 bytes, but 7 were written"):
+        directory.publish(partial, {"state/part_0.bin": known})
+    with pytest.raises(OSError, match="part_1.bin was written and is not there"):
+        directory.publish(directory.begin(9), {"state/part_1.bin": known})
+    assert [step_of(p) for p in directory.published()] == [7]
+
+
+def test_a_listing_of_a_newer_format_is_no_complete_checkpoint(directory):
+    path = _publish(directory, 3)
+    content = json.loads((path / FILES_NAME).read_text())
+    (path / FILES_NAME).write_text(json.dumps(content | {"format_version": 99}))
+    assert "format 99 is newer" in damage(path)
+
+
+def test_the_listing_of_the_format_before_is_read(directory):
+    path = _publish(directory, 3)
+    content = json.loads((path / FILES_NAME).read_text())
+    (path / FILES_NAME).write_text(json.dumps({"format_version": 1, "files": content["files"]}))
+    assert damage(path, contents=True) is None

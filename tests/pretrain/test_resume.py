@@ -46,7 +46,8 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_stopped_by_a_signal_and_started_again(case, shards, tmp_path):
     arguments = ["--data.path", shards, *BATCH, *CASES[case], "--checkpoint.interval", 10]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train(*arguments, "--output_dir", straight)
+    # The unbroken run waits for its files, the others train on meanwhile: no bit may depend on it.
+    train(*arguments, "--output_dir", straight, "--checkpoint.asynchronous", "false")
     assert sorted(losses(straight)) == list(range(1, STEPS + 1))
     samples = TokenDataset(shards, "train", 32, seed=0, micro_batch_size=2, global_batch_size=16)
     assert 10 * 16 < samples.epoch_samples < STEPS * 16, "the second half must pass the end of the epoch"
@@ -98,6 +99,22 @@ def test_a_checkpoint_cut_in_half_is_passed_over_and_that_is_said(shards, tmp_pa
     assert "going on after step 10" in output
     assert losses(run) == expected
     assert "is complete: 20 of 20 steps are done" in train(*arguments)
+
+
+def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoints_before_it(shards, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data.path", shards, *BATCH, "--checkpoint.interval", 2, "--output_dir", run]
+    train(*arguments, "--train.steps", 2)
+    # begin() removes what interrupted saves left, folders: a file in that place is an error of the file system.
+    (run / "checkpoints" / "step_00000004.partial").write_text("in the way")
+    with started(train_command(*arguments, "--train.steps", 50)) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "step_00000004.partial/state was not written: rank 0: NotADirectoryError" in output
+    assert 4 <= max(losses(run)) < 50, "training went on until the failure was known, and no further"
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["step_00000002"]
+    (run / "checkpoints" / "step_00000004.partial").unlink()
+    assert "going on after step 2" in train(*arguments, "--train.steps", 4)
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):

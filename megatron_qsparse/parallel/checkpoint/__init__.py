@@ -7,7 +7,7 @@ the disk: each parameter's state is put together on the one data-parallel rank t
     STATE_DIRECTORY/
         __RANK_0.distcp   what a rank wrote: `KEY` working weights, `optimizer.{fp32,exp_avg,exp_avg_sq}.KEY`, `rng`
         .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
-        common.pt         format version, Adam's step count, the layout that wrote it, whether only weights are there
+        common.pt         format version, Adam's step count, seed and layout that wrote it, whether only weights are there
         metadata.json     name of the format, for dist_checkpointing.load
 
 Files: places.py (where a parameter belongs), spread.py (what ZeRO keeps where), adam.py, rng.py, snapshot.py (the copy that a

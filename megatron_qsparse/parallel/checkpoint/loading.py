@@ -35,8 +35,7 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
     for spread in spreads(engine, found):
         _load_weight(engine, reader, spread)
         for kind in STATES:
-            whole = reader.read(spread.place, torch.float32, f"optimizer.{kind}.").view(-1) if spread.is_writer else None
-            spread.scatter(whole, part_of(engine, spread, kind))
+            _load_state(engine, reader, spread, kind)
     engine.weights_changed()
     return _load_generators(engine, reader)
 
@@ -105,6 +104,12 @@ def _load_weight(engine: ZeroEngine, reader: Reader, spread: Spread) -> None:
     spread.broadcast(param.data)
 
 
+def _load_state(engine: ZeroEngine, reader: Reader, spread: Spread, kind: str) -> None:
+    """A function of its own, so that a tensor is gone before the next one is read."""
+    whole = reader.read(spread.place, torch.float32, f"optimizer.{kind}.").view(-1) if spread.is_writer else None
+    spread.scatter(whole, part_of(engine, spread, kind))
+
+
 def _own_weights(engine: ZeroEngine, spread: Spread) -> torch.Tensor:
     """This rank's span of the weight, flat."""
     if engine.stage == 3:
@@ -119,5 +124,5 @@ def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:
     if same:
         rng.restore(reader.read_object("rng", dist.get_rank(), dist.get_world_size()))
     else:
-        rng.start_anew(reader.common["adam_step"])
+        rng.start_anew(reader.common.get("seed", 0), reader.common["adam_step"])
     return same

@@ -51,15 +51,15 @@ class Place:
         key = f"{prefix}{self.sharded.key}"
         if isinstance(self.sharded, ShardedTensorFactory):
             factory = replace(self.sharded, key=key, data=whole)
-            return Pieces(factory.build(), factory.merge_fn)
-        return Pieces([replace(self.sharded, key=key, data=whole, dtype=whole.dtype)], lambda pieces: pieces[0])
+            return Pieces(whole, factory.build(), factory.merge_fn)
+        return Pieces(whole, [replace(self.sharded, key=key, data=whole, dtype=whole.dtype)], lambda pieces: pieces[0])
 
 
 class Pieces:
     """One tensor as the ShardedTensors that are stored."""
 
-    def __init__(self, nested: list | dict, merge: Callable):
-        self._nested, self._merge = dict_list_map_outplace(_contiguous, nested), merge
+    def __init__(self, whole: torch.Tensor, nested: list | dict, merge: Callable):
+        self._whole, self._nested, self._merge = whole, dict_list_map_outplace(_contiguous, nested), merge
 
     def __iter__(self) -> Iterator[ShardedTensor]:
         """In the form that is written and read; what is read into them, `merged` finds."""
@@ -67,6 +67,10 @@ class Pieces:
 
     def merged(self) -> torch.Tensor:
         """The tensor from what now lies in the pieces."""
+        storage = self._whole.untyped_storage().data_ptr()
+        if all(piece.data.untyped_storage().data_ptr() == storage for piece in nested_values(self._nested)):
+            # Views of the tensor that was cut: whoever filled them filled it.
+            return self._whole
         return self._merge(dict_list_map_outplace(lambda piece: piece.data, self._nested))
 
 
@@ -95,6 +99,9 @@ def places(model: nn.Module) -> list[Place]:
                 _refuse_extra_state(entry)
             else:
                 found[id(entry.data)] = (entry.without_data(), tuple(entry.data.shape))
+    lost = [name for name, param in model.named_parameters() if id(param) not in found]
+    if lost:
+        raise ValueError(f"sharded_state_dict knows no place for {', '.join(lost)}: a checkpoint would lack them")
     named = [*model.named_parameters(), *model.named_buffers()]
     return [Place(name, tensor, found[id(tensor)][1], found[id(tensor)][0]) for name, tensor in named if id(tensor) in found]
 

@@ -41,7 +41,7 @@ class Reader:
     def problems(self, place: Place, prefix: str = "") -> list[str]:
         """What keeps the tensor at this place from being read, in words."""
         stored, found = self._metadata.state_dict_metadata, []
-        for piece in place.cut(torch.empty(1).expand(place.shape), prefix):
+        for piece in place.cut(torch.empty(place.shape, device="meta"), prefix):
             if piece.key not in stored:
                 found.append(f"{piece.key} is not in {self.directory}")
             elif not piece.allow_shape_mismatch and tuple(stored[piece.key].size) != piece.global_shape:

@@ -2,7 +2,7 @@
 
 The network draws nothing while it trains (no dropout, weights by name, samples by position), so today these states decide
 nothing that this project computes; a user's callback may draw. They belong to a rank, and no rank of another layout is its
-heir: where the layout differs the generators start anew, from the first seed and the step.
+heir: where the layout differs the generators start anew, from a seed and the step.
 """
 
 import random
@@ -34,14 +34,13 @@ def restore(saved: dict) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(saved["megatron"])
 
 
-def start_anew(step: int) -> None:
-    """States that depend on the seed that torch was first given, the step and, outside of Megatron's generators, the rank.
+def start_anew(seed: int, step: int) -> None:
+    """States that depend on the seed of the run that saved, the step and, outside of Megatron's generators, the rank.
 
     Megatron's own seeds must agree between the ranks that compute the same thing; it adds what must differ.
     """
-    first = torch.initial_seed()
-    shared = int(np.random.SeedSequence([first, step]).generate_state(1)[0])
-    own = [int(word) for word in np.random.SeedSequence([first, step, dist.get_rank()]).generate_state(3)]
+    shared = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    own = [int(word) for word in np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(3)]
     random.seed(own[0])
     np.random.seed(own[1])
     torch.random.default_generator.manual_seed(own[2])

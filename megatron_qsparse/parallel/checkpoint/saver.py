@@ -91,7 +91,8 @@ class _Task:
         result = failure = None
         try:
             result = action()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            # torch's is no Exception (checkpoint/api.py: it derives from BaseException).
             failure = error
         causes: list[dict[int, str] | None] = [None] * self._group.size()
         dist.all_gather_object(causes, None if failure is None else _causes(failure, self._group.rank()), group=self._group)
@@ -102,7 +103,7 @@ class _Task:
         return result
 
 
-def _causes(failure: Exception, rank: int) -> dict[int, str]:
+def _causes(failure: BaseException, rank: int) -> dict[int, str]:
     """What failed on which rank. torch tells all ranks of a failure in one exception, with every traceback in its text."""
     if isinstance(failure, CheckpointException):
         return {rank: _text(error) for rank, (error, _) in failure.failures.items()}

@@ -27,7 +27,7 @@ class Snapshot:
     """Master weights and moments; empty where only weights were asked for."""
     objects: list[ShardedObject]
     common: dict[str, Any]
-    """The same on every rank."""
+    """Rank 0's is written."""
 
     @property
     def nbytes(self) -> int:
@@ -55,23 +55,22 @@ class Copier:
             world, rank = dist.get_world_size(), dist.get_rank()
             taken.objects.append(ShardedObject("rng", rng.states(), (world,), (rank,)))
         for spread in self.spreads:
-            taken.weights += self._kept(spread, self._whole_weight(spread))
+            taken.weights += self._kept(spread, WEIGHT)
             for kind in STATES if optimizer else ():
-                whole = spread.gather(part_of(engine, spread, kind))
-                taken.states += self._kept(spread, whole, f"optimizer.{kind}.")
+                taken.states += self._kept(spread, kind)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         return taken
 
-    def _whole_weight(self, spread: Spread) -> torch.Tensor | None:
-        if self.engine.stage == 3:
-            return spread.gather(part_of(self.engine, spread, WEIGHT))
-        return spread.place.tensor.data
-
-    def _kept(self, spread: Spread, whole: torch.Tensor | None, prefix: str = "") -> list[ShardedTensor]:
+    def _kept(self, spread: Spread, kind: str) -> list[ShardedTensor]:
+        """Copies of one tensor where this rank writes it. The whole tensor is gone when this returns."""
+        if kind == WEIGHT and self.engine.stage < 3:
+            whole = spread.place.tensor.data
+        else:
+            whole = spread.gather(part_of(self.engine, spread, kind))
         if not spread.is_writer or not spread.place.is_first_copy:
             return []
-        return _copies(spread.place, whole.view(spread.place.shape), prefix)
+        return _copies(spread.place, whole.view(spread.place.shape), "" if kind == WEIGHT else f"optimizer.{kind}.")
 
 
 def common(engine: ZeroEngine, optimizer: bool) -> dict[str, Any]:
@@ -81,6 +80,8 @@ def common(engine: ZeroEngine, optimizer: bool) -> dict[str, Any]:
         "content": "everything" if optimizer else "weights",
         "adam_step": adam_step(engine),
         "layout": layout(engine),
+        # Rank 0 writes this: the seed its generator started from.
+        "seed": torch.initial_seed(),
     }
 
 
