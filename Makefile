@@ -48,4 +48,4 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove .venv and the quickstart's output
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart invariance.md

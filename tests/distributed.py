@@ -44,7 +44,7 @@ class Pool:
             self._kill()
             self._folder.cleanup()
 
-    def run(self, fn: Callable, ranks: int, *args: Any, timeout: float = 120) -> list:
+    def run(self, fn: Callable, ranks: int, *args: Any, timeout: float = 300) -> list:
         """`fn(rank, *args)` on the first `ranks` processes with a default gloo group of their own; returns the ranks' results.
 
         fn, args and results must be picklable; fn is a function of a module's top level. The processes meet through a file, so
@@ -58,11 +58,11 @@ class Pool:
             self._start()
         self._worlds += 1
         world = f"{self._folder.name}/world{self._worlds}"
-        payload = pickle.dumps((fn, args))
+        payload, deadline = pickle.dumps((fn, args)), time.monotonic() + timeout
         try:
             for rank in range(ranks):
-                self._connections[rank].send((ranks, world, payload, timeout))
-            return self._collect(ranks, world, time.monotonic() + timeout)
+                self._connections[rank].send((ranks, world, payload, deadline))
+            return self._collect(ranks, world, deadline)
         except BaseException:
             self._kill()
             raise
@@ -142,7 +142,9 @@ def _serve(rank: int, connection: Connection) -> None:
             raise SystemExit(1) from None
 
 
-def _run_in_world(rank: int, connection: Connection, world_size: int, world: str, payload: bytes, timeout: float) -> None:
+def _run_in_world(rank: int, connection: Connection, world_size: int, world: str, payload: bytes, deadline: float) -> None:
+    # The clock is that of all processes of the machine.
+    timeout = max(1.0, deadline - time.monotonic())
     with open(f"{world}.stacks{rank}", "w") as stacks:
         faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)
         import torch

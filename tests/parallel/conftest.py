@@ -37,7 +37,7 @@ def one_rank(pool) -> dict[Case, History]:
 @pytest.fixture(scope="session")
 def two_stages(pool) -> dict[Case, History]:
     """By the engine on two pipeline stages."""
-    return pool.run(train_all, 2, [*PIPELINE, PIPELINE_STAGE_2, *PIPELINE_RECOMPUTE], timeout=300)[0]
+    return pool.run(train_all, 2, [*PIPELINE, PIPELINE_STAGE_2, *PIPELINE_RECOMPUTE])[0]
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +49,7 @@ def invariance_table(pytestconfig) -> Iterator[InvarianceTable]:
         table.write(Path(path))
 
 
-def _on_four_ranks(rank: int) -> dict:
-    from tests.parallel.test_grouped_query import collect
-
-    return {**train_all(rank, ZERO_3 + [replace(case, stage=1) for case in ZERO_3]), "grouped query": collect()}
-
-
 @pytest.fixture(scope="session")
-def four_ranks(pool) -> dict:
-    """By the engine on two by two tensor- and data-parallel ranks; and what `test_grouped_query` looks at on four."""
-    return pool.run(_on_four_ranks, 4, timeout=300)[0]
+def four_ranks(pool) -> dict[Case, History]:
+    """By the engine on two by two tensor- and data-parallel ranks."""
+    return pool.run(train_all, 4, ZERO_3 + [replace(case, stage=1) for case in ZERO_3])[0]

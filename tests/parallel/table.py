@@ -129,6 +129,7 @@ def pairs() -> list[Pair]:
     found += [Pair(EVERY_LAYOUT[-1], layout) for layout in LAYOUTS]
     found += [Pair(variant, layout) for variant in VARIANTS for layout in EVERY_VARIANT]
     found += [Pair(variant, layout) for variant in EXPERTS for layout in EXPERTS_LAYOUTS]
+    found += [Pair(variant, "tp4-sp") for variant in ("one_kv_head", "two_kv_heads")]
     found += [Pair("bitnet", "tp2-sp"), Pair("dense", "pp2-zero2"), Pair("bitnet_groups_subln", "dp2", following=True)]
     found += [Pair("dense", layout, "bf16") for layout in ("dp2-zero2", "pp2", "dp2-zero3")]
     found += [Pair("bitnet_groups_subln", layout, "bf16") for layout in ("dp2", "dp2-zero3", "pp2-recompute")]

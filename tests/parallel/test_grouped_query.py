@@ -1,6 +1,5 @@
 """Fewer key/value heads than tensor-parallel ranks: Megatron then cuts qkv across heads, so that one rank's rows may belong to
-several logical matrices, and puts the heads together after the product. That loss, gradients and alphas are those of one rank is
-in test_invariance.
+several logical matrices, and puts the heads together after the product. Their steps are compared in test_invariance.py.
 """
 
 import pytest
@@ -13,8 +12,7 @@ KV_HEADS = {"one_kv_head": 1, "two_kv_heads": 2}
 HEADS, HEAD_DIM = 4, 16
 
 
-def collect() -> dict:
-    """On four ranks; see the tests."""
+def _places(rank: int) -> dict:
     found = {"stored": {}, "labels": {}}
     for variant in KV_HEADS:
         with layout() as parallel:
@@ -51,12 +49,12 @@ def _labels(model) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def grouped(four_ranks) -> dict:
-    return four_ranks["grouped query"]
+def four_ranks(pool) -> dict:
+    return pool.run(_places, 4)[0]
 
 
 @pytest.mark.parametrize(("variant", "kv_heads"), KV_HEADS.items())
-def test_a_checkpoint_stores_every_row_at_its_global_place(grouped, variant, kv_heads):
-    assert grouped["stored"][variant]
+def test_a_checkpoint_stores_every_row_at_its_global_place(four_ranks, variant, kv_heads):
+    assert four_ranks["stored"][variant]
     group = [0] * (HEADS // kv_heads * HEAD_DIM) + [1] * HEAD_DIM + [2] * HEAD_DIM
-    assert grouped["labels"][variant] == group * kv_heads
+    assert four_ranks["labels"][variant] == group * kv_heads
