@@ -19,6 +19,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+MAX_THREADS = 150
+"""Of one process. Megatron's caches keep some of the process groups that a model had, and gloo's threads of an idle group wake up a
+hundred times a second: a process that has had many layouts slows the machine down."""
+
 
 class Pool:
     """`size` spawned processes, started by the first `run` and again by the first one after a failure.
@@ -39,7 +45,7 @@ class Pool:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
-                self._end()
+                self.rest()
         finally:
             self._kill()
             self._folder.cleanup()
@@ -62,10 +68,20 @@ class Pool:
         try:
             for rank in range(ranks):
                 self._connections[rank].send((ranks, world, payload, deadline))
-            return self._collect(ranks, world, deadline)
+            reports = self._collect(ranks, world, deadline)
         except BaseException:
             self._kill()
             raise
+        if max(threads for _, threads in reports) > MAX_THREADS:
+            self.rest()
+        return [pickle.loads(result) for result, _ in reports]
+
+    def rest(self) -> None:
+        """End the processes until the next `run`. Raises RuntimeError where one does not end by itself."""
+        try:
+            self._end()
+        finally:
+            self._kill()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -77,7 +93,8 @@ class Pool:
             self._processes.append(process)
             self._connections.append(connection)
 
-    def _collect(self, ranks: int, world: str, deadline: float) -> list:
+    def _collect(self, ranks: int, world: str, deadline: float) -> list[tuple[bytes, int]]:
+        """(pickled result, number of threads) of every rank."""
         reports: dict[int, tuple[bool, Any]] = {}
         while len(reports) < ranks:
             pending = {self._connections[rank]: rank for rank in range(ranks) if rank not in reports}
@@ -90,7 +107,7 @@ class Pool:
             failures = [f"rank {rank}:\n{report}" for rank, (ok, report) in sorted(reports.items()) if not ok]
             if failures:
                 raise RuntimeError("\n".join(failures))
-        return [pickle.loads(reports[rank][1]) for rank in range(ranks)]
+        return [reports[rank][1] for rank in range(ranks)]
 
     def _receive(self, rank: int, deadline: float) -> tuple[bool, Any]:
         try:
@@ -163,7 +180,7 @@ def _run_in_world(rank: int, connection: Connection, world_size: int, world: str
             dist.barrier()
             _leave_world()
         faulthandler.cancel_dump_traceback_later()
-    connection.send((True, result))
+    connection.send((True, (result, psutil.Process().num_threads())))
 
 
 def _leave_world() -> None:

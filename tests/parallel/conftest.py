@@ -22,6 +22,13 @@ ZERO_3 = [
 ]
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _quiet_afterwards(pool) -> Iterator[None]:
+    """Idle processes with many process groups slow down the tests that follow."""
+    yield
+    pool.rest()
+
+
 @pytest.fixture(scope="session")
 def plain(pool) -> dict[Case, History]:
     """By torch.optim.AdamW in one process."""
