@@ -72,6 +72,7 @@ class _Task:
             for output in self.report.outputs:
                 self._write(output)
         except Exception as error:
+            # A thread's exception reaches nobody: `_take` raises it in the training thread, on every rank.
             self.error = error
         finally:
             self._snapshot = None
