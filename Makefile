@@ -1,17 +1,19 @@
 # Two commands: `make quickstart` and `make test`. Both install what is missing into .venv first; `make install` does only that.
 #
 #   PYTHON=/path/to/python3.11   interpreter for .venv
+#   PYTHON312=/path/to/python3.12 interpreter for `make test-py312`
 #   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Quickstart")
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all lint gpu-smoke bench clean
+.PHONY: help install quickstart test test-all test-py312 lint gpu-smoke bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +38,10 @@ test: $(VENV)/.installed-test ## the test suite (under 25 minutes on two cores)
 test-all: $(VENV)/.installed-test ## the test suite with the full product of model variants and layouts; its result in invariance.md
 	@$(PY) -m pytest -m "" --invariance-table invariance.md
 
+test-py312: ## the test suite on Python 3.12 with megatron-core 0.19, in .venv-py312 (12 GB with the default build of torch)
+	@[ -n "$(PYTHON312)" ] || { echo "error: no Python 3.12 found: install it, or name one with PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	@$(MAKE) --no-print-directory test VENV=.venv-py312 PYTHON="$(PYTHON312)"
+
 lint: $(VENV)/.installed-test ## ruff
 	@$(PY) -m ruff check .
 
@@ -47,5 +53,5 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.benchmark
 	@$(PY) -m pretrain.checkpoint.benchmark
 
-clean: ## remove .venv and the quickstart's output
-	rm -rf $(VENV) quickstart invariance.md
+clean: ## remove the environments and the quickstart's output
+	rm -rf $(VENV) .venv-py312 quickstart invariance.md

@@ -70,7 +70,7 @@ class AtomicFile:
                 self.file.close()
                 os.replace(self.temporary, self.path)
                 if self.durable:
-                    _sync_directory(self.path.parent)
+                    sync(self.path.parent)
         except BaseException:
             self.discard()
             raise
@@ -98,8 +98,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _sync_directory(path: Path) -> None:
-    """Makes renames inside `path` durable."""
+def sync(path: Path) -> None:
+    """Flushes a file, or a directory with the renames inside it, to the device."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,8 +8,8 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 [ "$(uname -s)" = Linux ] || fail "Linux is needed (on Windows use WSL2, on macOS a Linux container), this is $(uname -s)"
 command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or newer, or name one with PYTHON=/path/to/python3.11"
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-  fail "$("$python" -V) is not supported yet, Python 3.11 is: install it, or name one with PYTHON=/path/to/python3.11"
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+  fail "$("$python" -V) is not supported, Python 3.11 and 3.12 are: install one, or name it with PYTHON=/path/to/python3.11"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python lacks ensurepip or venv: install your distribution's package for it (Debian and Ubuntu: python3-venv)"
 

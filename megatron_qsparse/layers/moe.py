@@ -1,8 +1,9 @@
 """Mixture of experts: Megatron's layer, router and dispatchers, with sparse linears inside every expert and the shared expert.
 
 The router stays dense; its logits are computed in fp32. An expert is a gated MLP whose tokens arrive sorted by the
-dispatcher; the router's probability multiplies each token before mlp.down, a positive factor that changes no mask. Top-K,
-int8 scales, SubLN and ternary alphas act within one expert, over the expert tensor-parallel ranks.
+dispatcher. The router's probability multiplies each token before mlp.down, a positive factor that changes no mask; behind
+mlp.down where SubLN would divide it out. Top-K, int8 scales, SubLN and ternary alphas act within one expert, over the expert
+tensor-parallel ranks.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class MeteredRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
 
-class NumberedExperts(SequentialMLP):
+class SparseExperts(SequentialMLP):
     """Megatron's list of local experts, whose linears know their expert's number among all of the layer."""
 
     def __init__(self, num_local_experts, *args, **kwargs):
@@ -49,11 +50,24 @@ class NumberedExperts(SequentialMLP):
         first = self.ep_group.rank() * num_local_experts
         for number, expert in enumerate(self.local_experts, start=first):
             expert.linear_fc1.expert = expert.linear_fc2.expert = number
+        self.weigh_outputs = self.local_experts[0].linear_fc2.sub_norm is not None
+
+    def forward(self, hidden_states, tokens_per_expert, probabilities):
+        """hidden_states [tokens, hidden], those of one expert after those of another, tokens_per_expert int [local experts],
+        probabilities [tokens] -> (output [tokens, hidden], None).
+
+        A normalized input of mlp.down is the same for every probability: the experts would be summed unweighted, and the router
+        learn from its load-balancing loss alone. mlp.down is linear, so its output takes the factor.
+        """
+        if not self.weigh_outputs:
+            return super().forward(hidden_states, tokens_per_expert, probabilities)
+        output, bias = super().forward(hidden_states, tokens_per_expert, torch.ones_like(probabilities))
+        return (output * probabilities.unsqueeze(-1)).to(output.dtype), bias
 
 
 def moe_spec(linear: Callable[[str], ModuleSpec], shared: bool) -> ModuleSpec:
     """What stands in a layer's MLP slot. linear: the spec of a projection by its name; shared: with a shared expert."""
-    experts = ModuleSpec(module=NumberedExperts, submodules=MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
+    experts = ModuleSpec(module=SparseExperts, submodules=MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
     shared_expert = None
     if shared:
         submodules = MLPSubmodules(linear_fc1=linear("mlp.shared_gate_up"), linear_fc2=linear("mlp.shared_down"))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pretrain.checkpoint.files import Record, damage, seal, sync
+from data_tools.files import sync
+from pretrain.checkpoint.files import Record, damage, seal
 
 Kind = Literal["step", "milestone"]
 KINDS: tuple[Kind, ...] = ("step", "milestone")

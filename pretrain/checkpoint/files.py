@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
+
+from data_tools.files import sync
 
 FORMAT_VERSION = 2
 """1: without `created`."""
@@ -105,12 +106,3 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) ->
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

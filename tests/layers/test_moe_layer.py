@@ -39,9 +39,13 @@ def _masked(x: torch.Tensor, keep: int | None, groups: int) -> torch.Tensor:
 
 def _gated(x, fc1, fc2, factor, sparse: bool) -> torch.Tensor:
     gate, up = (_masked(x, 26 if sparse else None, 1) @ fc1.weight.t()).chunk(2, dim=-1)
-    hidden = F.relu(gate).square() * up * factor
+    hidden = F.relu(gate).square() * up
     width = hidden.shape[-1] // 8
-    return _masked(hidden, max(1, int(0.4 * width + 0.5)) if sparse else None, 8) @ fc2.weight.t()
+    keep = max(1, int(0.4 * width + 0.5)) if sparse else None
+    if fc2.sub_norm is None:
+        return _masked(hidden * factor, keep, 8) @ fc2.weight.t()
+    normalized = F.rms_norm(hidden, hidden.shape[-1:], fc2.sub_norm.weight, fc2.sub_norm.eps)
+    return _masked(normalized, keep, 8) @ fc2.weight.t() * factor
 
 
 def _naive(mlp, x: torch.Tensor, chosen: int, sparse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,12 +69,13 @@ def _naive(mlp, x: torch.Tensor, chosen: int, sparse: bool) -> tuple[torch.Tenso
     return output, losses.mean()
 
 
+@pytest.mark.parametrize("subln", [False, True], ids=["", "subln"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["", "groups"])
 @pytest.mark.parametrize(("chosen", "shape"), [(2, {}), (2, SHARED), (1, {}), (4, SHARED)])
-def test_output_and_gradients_are_those_of_a_loop(alone, chosen, shape, sparse):
+def test_output_and_gradients_are_those_of_a_loop(alone, chosen, shape, sparse, subln):
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    model, _ = _model(QSPARSE if sparse else None, moe_router_topk=chosen, **shape)
+    model, _ = _model(QSPARSE if sparse else None, BitNetConfig(subln=subln), moe_router_topk=chosen, **shape)
     mlp, x = model.decoder.layers[0].mlp, _input()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     operands = {"x": x, **dict(mlp.named_parameters())}
