@@ -64,7 +64,7 @@ class BitNetConfig:
     enabled: bool = False
     """Quantize the projections of every layer. Embedding, head, norms and attention scores stay in full precision."""
     subln: bool = False
-    """SubLN: a norm before attention.proj and mlp.down, over the full width (BitNet b1.58 2B4T)."""
+    """SubLN: a norm before attention.proj, mlp.down and mlp.shared_down, over the full width (BitNet b1.58 2B4T)."""
 
 
 @dataclass(kw_only=True)
@@ -120,19 +120,23 @@ class ProjectionSettings:
 
 
 def resolve(layer: int, num_layers: int, projection: str, width: int, qsparse: QSparseConfig, bitnet: BitNetConfig) -> ProjectionSettings:
-    """Settings of one projection. layer: 0-based; width: its full input width. Assumes `problems()` found nothing."""
+    """Settings of one projection. layer: 0-based; width: its full input width. Raises ValueError where slices do not fit the width."""
     rule = _first_match(layer, num_layers, projection, qsparse.recipe)
-    keep = qsparse.keep if rule is None or rule.keep is None else rule.keep
+    keep = _keep(rule, qsparse)
     quantized = bitnet.enabled if rule is None or rule.bitnet is None else rule.bitnet
-    row = projection in ROW_PROJECTIONS
+    row, name = projection in ROW_PROJECTIONS, f"layers.{layer}.{projection}"
     groups = 1
     if keep < 1 and qsparse.mode == "block":
+        if width % qsparse.block_m:
+            raise ValueError(f"{name}: qsparse.block_m={qsparse.block_m} does not divide its {width} input features")
         groups = width // qsparse.block_m
     elif keep < 1 and qsparse.mode == "groups" and row:
+        if width % qsparse.groups:
+            raise ValueError(f"{name}: qsparse.groups={qsparse.groups} does not divide its {width} input features")
         groups = qsparse.groups
     keep = Fraction(str(keep))
     return ProjectionSettings(
-        name=f"layers.{layer}.{projection}", projection=projection, keep=keep, mode=qsparse.mode, groups=groups,
+        name=name, projection=projection, keep=keep, mode=qsparse.mode, groups=groups,
         rescale=qsparse.rescale == "l2" and keep < 1, quantized=quantized, subln=bitnet.subln and row,
     )  # fmt: skip
 
@@ -140,6 +144,10 @@ def resolve(layer: int, num_layers: int, projection: str, width: int, qsparse: Q
 def _first_match(layer: int, num_layers: int, projection: str, recipe: list[RecipeRule]) -> RecipeRule | None:
     names = (f"layers.{layer}.{projection}", f"layers.{layer - num_layers}.{projection}")
     return next((rule for rule in recipe if any(fnmatchcase(name, rule.match) for name in names)), None)
+
+
+def _keep(rule: RecipeRule | None, qsparse: QSparseConfig) -> float:
+    return qsparse.keep if rule is None or rule.keep is None else rule.keep
 
 
 def problems(qsparse: QSparseConfig, bitnet: BitNetConfig, widths: dict[str, int], num_layers: int, tensor_parallel: int) -> list[str]:
@@ -189,13 +197,14 @@ def _mode_problems(qsparse: QSparseConfig) -> list[str]:
 
 
 def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], num_layers: int, tensor_parallel: int) -> list[str]:
-    dense = BitNetConfig()
     sparse = {
         projection: width
         for projection, width in widths.items()
-        if any(resolve(layer, num_layers, projection, width, qsparse, dense).sparse for layer in range(num_layers))
+        if any(_keep(_first_match(layer, num_layers, projection, qsparse.recipe), qsparse) < 1 for layer in range(num_layers))
     }
     if not sparse:
+        if qsparse.rescale != "none":
+            return [f"qsparse.rescale={qsparse.rescale} has no effect where nothing is sparse: lower qsparse.keep or leave it out"]
         return []
     found = []
     if qsparse.mode == "groups" and qsparse.groups % tensor_parallel:

@@ -36,6 +36,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     options = parser.parse_args(args)
+    if found := problems(options):
+        parser.error("; ".join(found))
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.execv(sys.executable, [*torchrun(options.processes), "-m", "pretrain.benchmark", *(sys.argv[1:] if args is None else args)])
@@ -52,6 +54,22 @@ def variants(modes: bool, tensor: int) -> dict[str, "PretrainConfig"]:
         name: parse(["--config", str(CONFIGS / f"tiny_{file}.yaml"), *layout, *(["--qsparse.mode", name] if file != name else [])])
         for name, file in files.items()
     }
+
+
+def problems(options: argparse.Namespace) -> list[str]:
+    """Why these models cannot be spread so, in words."""
+    from megatron_qsparse.config import problems as sparsity_problems
+    from megatron_qsparse.models.accounting import projection_widths
+    from megatron_qsparse.models.presets import apply_preset
+
+    if options.tensor < 1 or options.processes % options.tensor:
+        return [f"--processes {options.processes} is not a multiple of --tensor {options.tensor}"]
+    found = []
+    for name, config in variants(options.modes, options.tensor).items():
+        model = apply_preset(config.model, tokenizer_vocab_size=VOCABULARY)
+        widths = projection_widths(model)
+        found += [f"{name}: {text}" for text in sparsity_problems(config.qsparse, config.bitnet, widths, model.num_layers, options.tensor)]
+    return found
 
 
 def measure(options: argparse.Namespace) -> int:

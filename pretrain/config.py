@@ -109,7 +109,7 @@ class ValidationConfig:
     interval: int = 0
     """Steps between validations; 0 validates after the last step only."""
     samples: int = 256
-    """Evenly spaced samples of the validation split; rounded down to a multiple of train.global_batch_size."""
+    """Evenly spaced samples of the validation split; rounded down to a multiple of train.global_batch_size, of which it is at least one."""
 
 
 @dataclass(kw_only=True)

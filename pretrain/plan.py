@@ -11,16 +11,14 @@ import sys
 from data_tools.manifest import Manifest
 from megatron_qsparse.config import resolve
 from megatron_qsparse.models.accounting import (
-    Layout,
     activated_parameters,
-    checkpoint_bytes,
     expected_sparsity,
     flops_per_token,
-    memory_per_rank,
     parameters,
     projection_shapes,
 )
 from megatron_qsparse.models.config import ModelConfig
+from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_rank
 from pretrain.config import PretrainConfig, make_parser, to_config
 from pretrain.validate import examine
 
@@ -72,7 +70,8 @@ def model_rows(config: PretrainConfig, model: ModelConfig) -> list[tuple[str, st
         ]  # fmt: skip
     return [
         *rows,
-        ("activated", f"{activated.total:,} of the linears by the mask alone ({100 * activated.sparsity:.1f} % skipped)"),
+        ("activated", f"{activated.total:,} of the linears{' and the router' if model.num_experts else ''} by the mask alone "
+                      f"({100 * activated.sparsity:.1f} % skipped)"),
         ("flops", f"{flops_per_token(model, config.data.sequence_length).total:.3e} per token of training, dense"),
     ]  # fmt: skip
 
@@ -114,10 +113,12 @@ def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | Non
 
 
 def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
-    parallel = config.parallel
+    parallel, train = config.parallel, config.train
+    data = max(1, world_size // (parallel.tensor * parallel.pipeline))
     layout = Layout(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, data=max(1, world_size // (parallel.tensor * parallel.pipeline)),
-        virtual_pipeline=parallel.virtual_pipeline, sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage,
+        tensor=parallel.tensor, pipeline=parallel.pipeline, data=data, virtual_pipeline=parallel.virtual_pipeline,
+        sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage, recompute=train.recompute,
+        micro_batches=max(1, train.global_batch_size // (train.micro_batch_size * data)),
     )  # fmt: skip
     precision = config.train.precision
     memory = memory_per_rank(

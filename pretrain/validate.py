@@ -218,7 +218,8 @@ def _expert_problems(config: PretrainConfig, model: ModelConfig, world_size: int
             )
         return found
     if config.zero.stage == 3:
-        found.append(f"zero.stage=3 cannot shard the experts of model.num_experts={experts}, since DeepSpeed does not: use 1 or 2")
+        found.append(f"zero.stage=3 is not supported with model.num_experts={experts}: DeepSpeed refuses experts that are spread over "
+                     "ranks at that stage; use 1 or 2")  # fmt: skip
     if parallel.tensor > 1 and not parallel.sequence:
         found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: tensor-parallel "
                      "ranks would route the same tokens, so set parallel.sequence=true")  # fmt: skip

@@ -85,6 +85,14 @@ def test_nothing_to_complain_about(tensor_parallel):
     assert not _problems(tensor_parallel, keep=0.4, mode="global")
 
 
+@pytest.mark.parametrize("qsparse", [QSparseConfig(keep=0.5, groups=96), QSparseConfig(keep=0.5, mode="block", block_m=96)])
+def test_slices_that_do_not_fit_are_no_other_slices(qsparse):
+    """Whoever builds a layer without asking `problems` must not get 7 slices of 100 features for 7.3 of 96."""
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down: qsparse.*=96 does not divide its 704 input features"):
+        _resolve("mlp.down", qsparse=qsparse)
+    assert not _resolve("mlp.down", qsparse=QSparseConfig(groups=96)).sparse
+
+
 def test_blocks_fit():
     assert not _problems(2, keep=0.5, mode="block")
     assert not _problems(1, keep=0.5, mode="block", block_n=16)
@@ -109,6 +117,7 @@ def test_groups_are_of_no_concern_to_a_dense_model():
         ({"keep": 0.5, "groups": 128}, 1, ["qsparse.groups=128", "704", "mlp.down"]),
         ({"recipe": [RecipeRule(match="*.qkv", keep=0.5)], "groups": 8}, 3, ["qsparse.groups=8"]),
         ({"keep": 0.5, "mode": "block", "block_m": 48}, 1, ["qsparse.block_m=48", "256", "attention.qkv"]),
+        ({"rescale": "l2"}, 1, ["qsparse.rescale=l2", "nothing is sparse"]),
         ({"keep": 0.5, "mode": "block"}, 4, ["qsparse.block_m=32", "704/4", "mlp.down"]),
         ({"keep": 0.5, "mode": "block", "block_n": 8}, 1, ["qsparse.block_n=8", "16 of 32", "qsparse.keep=0.25"]),
         ({"keep": 0.5, "block_n": 16}, 1, ["qsparse.block_n=16", "mode 'groups'", "qsparse.mode=block"]),

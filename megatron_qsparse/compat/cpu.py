@@ -132,6 +132,7 @@ def enable() -> None:
         importlib.import_module(name).torch = _VIEW
     _use_cpu_generator()
     _use_host_splits()
+    _use_eager_router()
 
 
 def _use_cpu_generator() -> None:
@@ -167,6 +168,16 @@ def _use_host_splits() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
+
+
+def _use_eager_router() -> None:
+    """The jit fuser is torch.compile for what was imported before it was switched off: of that, only this runs here (router.py
+    line 531).
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    method = TopKRouter._apply_expert_bias
+    TopKRouter._apply_expert_bias = getattr(method, "_torchdynamo_orig_callable", method)
 
 
 @contextlib.contextmanager

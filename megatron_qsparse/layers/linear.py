@@ -33,6 +33,9 @@ class _SparseLinear:
         super().__init__(*args, **kwargs)
         if settings.quantized and (self.gradient_accumulation_fusion or self.bias is not None):
             raise ValueError(f"{settings.name}: a quantized linear needs gradient_accumulation_fusion=False and add_bias_linear=False")
+        group = self.feature_group
+        if settings.sparse and settings.mode != "global" and group is not None and settings.groups % group.size():
+            raise ValueError(f"{settings.name}: its {settings.groups} slices cannot be divided among {group.size()} tensor-parallel ranks")
         self.settings = settings
         self.expert: int | None = None
         """Number of the expert among those of its layer, over all ranks; None outside of experts."""

@@ -1,9 +1,9 @@
 """Mixture of experts: Megatron's layer, router and dispatchers, with sparse linears inside every expert and the shared expert.
 
 The router stays dense; its logits are computed in fp32. An expert is a gated MLP whose tokens arrive sorted by the
-dispatcher. The router's probability multiplies each token before mlp.down, a positive factor that changes no mask; behind
-mlp.down where SubLN would divide it out. Top-K, int8 scales, SubLN and ternary alphas act within one expert, over the expert
-tensor-parallel ranks.
+dispatcher. The router's probability multiplies each token before mlp.down, a positive factor that changes a mask only where
+rounding makes a tie; behind mlp.down where SubLN would divide it out. Top-K, int8 scales, SubLN and ternary alphas act within
+one expert, over the expert tensor-parallel ranks.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class SparseExperts(SequentialMLP):
         """
         if not self.weigh_outputs:
             return super().forward(hidden_states, tokens_per_expert, probabilities)
-        output, bias = super().forward(hidden_states, tokens_per_expert, torch.ones_like(probabilities))
+        output, bias = super().forward(hidden_states, tokens_per_expert, torch.ones_like(probabilities, dtype=hidden_states.dtype))
         return (output * probabilities.unsqueeze(-1)).to(output.dtype), bias
 
 

@@ -111,6 +111,9 @@ def apply_preset(config: ModelConfig, tokenizer_vocab_size: int | None) -> Model
     _fill_widths(filled, preset)
     if filled.num_query_groups is None:
         filled.num_query_groups = filled.num_attention_heads
+    if config.vocab_size is not None and config.vocab_multiple != ModelConfig().vocab_multiple:
+        raise ValueError(f"model.vocab_multiple={config.vocab_multiple} has no effect beside model.vocab_size={config.vocab_size}: "
+                         "leave one of them out")  # fmt: skip
     if filled.vocab_size is None:
         filled.vocab_size = _rounded_vocabulary(filled, tokenizer_vocab_size)
     _check_shape(filled, tokenizer_vocab_size)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_qsparse.compat import deepspeed
-from megatron_qsparse.models.accounting import GATHERED_ELEMENTS
+from megatron_qsparse.models.memory import GATHERED_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,12 @@ class PartitionSettings:
     prefetch: int = 50_000_000
     """Elements gathered ahead of the module that needs them."""
 
-    def deepspeed_keys(self, parameters: int) -> dict:
-        """Entries of DeepSpeed's "zero_optimization". parameters: elements of this rank's model before it is cut."""
+    def deepspeed_keys(self) -> dict:
+        """Entries of DeepSpeed's "zero_optimization"."""
         return {
             "stage3_param_persistence_threshold": self.persistence_threshold,
             "stage3_max_reuse_distance": self.reuse_distance,
             "stage3_prefetch_bucket_size": self.prefetch,
-            # The fp32 buffer of this many elements is allocated at the start: 2 GB by default, however small the model.
-            "reduce_bucket_size": min(500_000_000, parameters),
             # True would replace torch.nn.functional.linear for the whole process; Megatron's linears do not use it.
             "memory_efficient_linear": False,
         }

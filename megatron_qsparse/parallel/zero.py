@@ -103,9 +103,10 @@ class ZeroEngine:
 
     def _deepspeed_config(self, clip: float, partition: PartitionSettings) -> dict:
         bf16 = self.model.config.params_dtype == torch.bfloat16
-        zero = {"stage": self.stage}
+        # Buffers of this many elements are allocated: 1 or 2 GB by default, however small the model.
+        zero = {"stage": self.stage, "reduce_bucket_size": min(500_000_000, sum(param.numel() for param in self.model.parameters()))}
         if self.stage == 3:
-            zero |= partition.deepspeed_keys(sum(param.numel() for param in self.model.parameters()))
+            zero |= partition.deepspeed_keys()
         return {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             # The schedule accumulates; DeepSpeed must not count micro-batches (DeepSpeed issue 8183).

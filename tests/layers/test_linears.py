@@ -124,6 +124,24 @@ def test_a_quantized_linear_refuses_what_it_would_ignore(alone):
         SparseColumnParallelLinear(64, 96, config=config, bias=True, settings=quantized, **options)
 
 
+def _misfit(rank: int) -> str:
+    from megatron_qsparse.config import BitNetConfig, QSparseConfig
+    from megatron_qsparse.models.gpt import build_model
+    from tests.parallel.helpers import CPU, small_model
+
+    with layout(4) as parallel, pytest.raises(ValueError) as caught:
+        build_model(
+            small_model(), QSparseConfig(keep=0.5, groups=2), BitNetConfig(), parallel,
+            sequence_length=SEQUENCE, dtype=torch.float32, seed=0, device=CPU,
+        )  # fmt: skip
+    return str(caught.value)
+
+
+def test_groups_that_ranks_cannot_share_are_refused_and_not_made_smaller(pool):
+    words = "layers.0.attention.proj: its 2 slices cannot be divided among 4 tensor-parallel ranks"
+    assert all(message.startswith(words) for message in pool.run(_misfit, 4))
+
+
 def test_loading_by_name_reaches_every_parameter(alone):
     """Guards the comparisons above: what the reference loads is what the model holds."""
     from megatron_qsparse.config import ParallelConfig

@@ -2,26 +2,11 @@
 
 import pytest
 
-from megatron_qsparse.config import PROJECTIONS, BitNetConfig, QSparseConfig, RecipeRule
+from megatron_qsparse.config import PROJECTIONS, QSparseConfig, RecipeRule
 from megatron_qsparse.models import accounting
-from megatron_qsparse.models.accounting import Layout
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
-
-MISTRAL = apply_preset(
-    ModelConfig(
-        preset="7b", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
-        activation="silu_glu", vocab_size=32000,
-    ),
-    None,
-)  # fmt: skip
-# hidden 8, 4 heads of 2 features, 2 key/value heads, GLU width 12, 3 layers, vocabulary 10.
-SMALL = apply_preset(
-    ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=10), None
-)
-QKV, PROJ, GATE_UP, DOWN = (8 + 2 * 4) * 8, 8 * 8, 24 * 8, 8 * 12
-LINEAR = 3 * (QKV + PROJ + GATE_UP + DOWN)
-DENSE = (QSparseConfig(), BitNetConfig())
+from tests.models.shapes import DOWN, EXPERT, GATE_UP, LINEAR, MISTRAL, MIXTURE, PROJ, QKV, ROUTER, SHARED, SMALL
 
 
 @pytest.mark.parametrize(
@@ -118,96 +103,6 @@ def test_activated_flops_skip_zeros_in_the_forward_and_the_weight_gradient_only(
     assert accounting.activated_flops_per_token(SMALL, 5, {}) == dense
 
 
-def test_memory_of_one_rank_by_hand():
-    memory = accounting.memory_per_rank(SMALL, Layout(), *DENSE, precision="bf16", micro_batch_size=2, sequence_length=5)
-    total = accounting.parameters(SMALL).total
-    assert (memory.weights, memory.gradients, memory.optimizer, memory.codes) == (2 * total, 4 * total, 12 * total, 0)
-    # Per token and layer: 2 norm inputs, qkv and gate_up inputs, q k v and log-sum-exp, attention output, five GLU tensors.
-    layer = 2 * 8 * 2 + 2 * 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 5 * 12 * 2
-    assert memory.activations == 10 * (3 * layer + 10 * (2 + 4))
-    assert memory.total == 18 * total + memory.activations
-
-
-def test_memory_is_sharded_by_data_parallelism():
-    def of(stage):
-        return accounting.memory_per_rank(SMALL, Layout(data=4, zero_stage=stage), *DENSE, "bf16", 1, 5)
-
-    total = accounting.parameters(SMALL).total
-    assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2 * total, 4 * total, 12 * total / 4)
-    assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2 * total, 4 * total / 4, 12 * total / 4)
-    assert (of(3).weights, of(3).gradients, of(3).optimizer) == (2 * total / 4, 4 * total / 4, 12 * total / 4)
-    assert of(1).gathered == of(2).gathered == 0
-
-
-def test_zero_3_keeps_no_codes_and_gathers_a_bounded_part_of_the_weights():
-    layout, bitnet = Layout(data=4, zero_stage=3), BitNetConfig(enabled=True)
-    small = accounting.memory_per_rank(SMALL, layout, QSparseConfig(), bitnet, "bf16", 1, 5)
-    assert small.codes == 0 and small.gathered == 2 * accounting.parameters(SMALL).total
-    assert small.total == small.weights + small.gradients + small.optimizer + small.gathered + small.activations
-    assert accounting.memory_per_rank(MISTRAL, layout, *DENSE, "bf16", 1, 5).gathered == 2e9
-
-
-def test_memory_is_sharded_by_tensor_parallelism():
-    bitnet = BitNetConfig(enabled=True, subln=True)
-    memory = accounting.memory_per_rank(SMALL, Layout(tensor=2), QSparseConfig(), bitnet, "fp32", 1, 5)
-    norms, subln, tables = 7 * 8, 3 * 20, 160
-    assert memory.weights == 4 * ((LINEAR + tables + subln) / 2 + norms)
-    assert memory.codes == LINEAR / 2
-
-
-def test_memory_takes_the_fullest_stage():
-    """Stage 0 of 3 keeps three micro-batches; the last one keeps one, but the logits, which outweigh them for a large vocabulary."""
-    layout = Layout(pipeline=3)
-    layer = LINEAR / 3 + 2 * 8
-    first = accounting.memory_per_rank(SMALL, layout, *DENSE, "bf16", 4, 64)
-    assert first.weights == 2 * (layer + 80)
-    wide = apply_preset(
-        ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=10_000), None
-    )
-    last = accounting.memory_per_rank(wide, layout, *DENSE, "bf16", 4, 64)
-    assert last.weights == 2 * (layer + 80_000 + 8)
-
-
-def test_interleaving_keeps_more_activations_of_the_same_weights():
-    """Two stages of two chunks: stage 0 has layers 0 and 2, and 2 + 2 + 1 chunks in flight where 2 micro-batches were 4."""
-    model = apply_preset(
-        ModelConfig(num_layers=4, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=10), None
-    )
-    plain = accounting.memory_per_rank(model, Layout(pipeline=2), *DENSE, "bf16", 4, 64)
-    interleaved = accounting.memory_per_rank(model, Layout(pipeline=2, virtual_pipeline=2), *DENSE, "bf16", 4, 64)
-    assert interleaved.weights == plain.weights and interleaved.activations == plain.activations * 5 / 4
-    bitnet, qsparse = BitNetConfig(enabled=True), QSparseConfig(recipe=[RecipeRule(match="layers.[13].*", bitnet=False)])
-    layer = QKV + PROJ + GATE_UP + DOWN
-    assert accounting.memory_per_rank(model, Layout(pipeline=2), qsparse, bitnet, "bf16", 4, 64).codes == layer
-    assert accounting.memory_per_rank(model, Layout(pipeline=2, virtual_pipeline=2), qsparse, bitnet, "bf16", 4, 64).codes == 2 * layer
-
-
-def test_recipes_decide_where_codes_are_kept():
-    bitnet = BitNetConfig(enabled=True)
-    qsparse = QSparseConfig(recipe=[RecipeRule(match="layers.0.*", bitnet=False)])
-    assert accounting.memory_per_rank(SMALL, Layout(), qsparse, bitnet, "bf16", 1, 5).codes == LINEAR * 2 / 3
-    whole = accounting.memory_per_rank(SMALL, Layout(), QSparseConfig(), bitnet, "bf16", 1, 5)
-    dense = accounting.memory_per_rank(SMALL, Layout(), *DENSE, "bf16", 1, 5)
-    # One byte instead of two for four inputs of 8, 8, 8 and 12 features; the attention output is kept besides its codes.
-    assert dense.activations - whole.activations == 5 * 3 * (8 + 8 + 12 - 8)
-
-
-def test_checkpoint_holds_weights_master_and_moments():
-    assert accounting.checkpoint_bytes(SMALL, "bf16") == 14 * accounting.parameters(SMALL).total
-    assert accounting.checkpoint_bytes(SMALL, "fp32", subln=True) == 16 * accounting.parameters(SMALL, subln=True).total
-
-
-# As SMALL, but 4 experts of width 6, two for a token, and a shared one of 10.
-MIXTURE = apply_preset(
-    ModelConfig(
-        num_layers=3, hidden_size=8, num_attention_heads=4, num_query_groups=2, vocab_size=10,
-        num_experts=4, moe_ffn_hidden_size=6, moe_shared_expert_ffn_hidden_size=10,
-    ),
-    None,
-)  # fmt: skip
-EXPERT, SHARED, ROUTER = (12 * 8, 8 * 6), (20 * 8, 8 * 10), 4 * 8
-
-
 def test_parameters_of_experts_by_hand():
     count = accounting.parameters(MIXTURE, subln=True)
     assert count.projections == {
@@ -229,38 +124,6 @@ def test_a_token_passes_the_chosen_experts_the_shared_one_and_the_router():
     assert flops.forward == 2 * (passed + 80 + 3 * ROUTER) + attention and flops.backward == 2 * flops.forward
 
 
-def test_memory_of_experts_is_sharded_over_their_ranks():
-    def of(**layout):
-        return accounting.memory_per_rank(MIXTURE, Layout(**layout), QSparseConfig(), BitNetConfig(enabled=True, subln=True), "bf16", 1, 5)
-
-    experts = 3 * 4 * (sum(EXPERT) + 6)
-    rest = accounting.parameters(MIXTURE, subln=True).total - experts
-    one, four = of(), of(data=4, expert=2, zero_stage=2)
-    assert (one.weights, one.gradients, one.optimizer) == (2 * (rest + experts), 4 * (rest + experts), 12 * (rest + experts))
-    assert four.weights == 2 * (rest + experts / 2)
-    # Two ranks hold the same experts and share their optimizer states.
-    assert four.optimizer == 12 * (rest / 4 + experts / 2 / 2) and four.gradients == four.optimizer / 3
-    assert one.codes - four.codes == 3 * 4 * sum(EXPERT) / 2
-    tensor, embedding, norms, router = of(tensor=2, sequence=True), 160, 7 * 8, 3 * ROUTER
-    sharded = one.weights / 2 - norms - router
-    assert tensor.weights == 2 * (sharded / 2 + norms + router) and embedding < sharded
-
-
-def test_activations_of_experts_by_hand():
-    memory = accounting.memory_per_rank(MIXTURE, Layout(), *DENSE, precision="bf16", micro_batch_size=2, sequence_length=5)
-    # As for a dense model, but two experts of 6 and the shared one of 10, each with its input; the router's input and 3 x 4 in fp32.
-    layer = 2 * 8 * 2 + 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * (8 * 2 + 5 * 6 * 2) + (8 * 2 + 5 * 10 * 2) + 8 * 2 + 3 * 4 * 4
-    assert memory.activations == 10 * (3 * layer + 10 * (2 + 4))
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: accounting.parameters(ModelConfig(num_layers=2)), "model.hidden_size is not set.*apply_preset"),
-        (lambda: accounting.memory_per_rank(SMALL, Layout(pipeline=2), *DENSE, "bf16", 1, 5), "num_layers=3.*parallel.pipeline=2"),
-        (lambda: accounting.memory_per_rank(SMALL, Layout(zero_stage=0), *DENSE, "bf16", 1, 5), "zero.stage=0"),
-    ],
-)
-def test_what_cannot_be_counted_is_refused(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
+def test_an_unfilled_model_is_refused():
+    with pytest.raises(ValueError, match="model.hidden_size is not set.*apply_preset"):
+        accounting.parameters(ModelConfig(num_layers=2))

@@ -118,6 +118,7 @@ def test_explicit_vocabulary_is_kept():
         ({"num_experts": 4, "moe_aux_loss_coeff": -1.0}, 100, "model.moe_aux_loss_coeff=-1.0 must not be negative"),
         ({"num_experts": 4, "moe_shared_expert_ffn_hidden_size": -8}, 100, "model.moe_shared_expert_ffn_hidden_size=-8"),
         ({"moe_ffn_hidden_size": 64}, 100, "model.moe_ffn_hidden_size=64 has no effect with model.num_experts=0"),
+        ({"vocab_size": 200, "vocab_multiple": 64}, 100, "model.vocab_multiple=64 has no effect beside model.vocab_size=200"),
         ({"vocab_size": 99}, 100, "model.vocab_size=99 is smaller than the tokenizer's 100"),
         ({}, None, "model.vocab_size is not set.*data.path"),
     ],
