@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.parallel.helpers import VARIANTS, build, gather, layout, tokens
@@ -196,7 +197,7 @@ def _read_by_megatron(root: Path) -> dict:
 
 
 def _older(root: Path) -> dict:
-    """A state as version 1 wrote it: by dist_checkpointing.save, without generators or layout."""
+    """A state as version 1 wrote it: by dist_checkpointing.save of megatron-core 0.16.1, without generators or layout."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
@@ -218,9 +219,12 @@ def _older(root: Path) -> dict:
                 optimizer[f"{kind}.{place.name}"] = make_sharded_optimizer_tensor(
                     place.sharded, _full(place.tensor, kind), f"optimizer.{kind}"
                 )
-        state = {"model": weights, "optimizer": optimizer, "common": {"format_version": 1, "adam_step": 1}}
         expected = gather(engine.model)
-        dist_checkpointing.save(state, str(directory))
+        dist_checkpointing.save({"model": weights, "optimizer": optimizer}, str(directory))
+        # Since 0.19 such a save keeps what is not sharded among the tensors.
+        if dist.get_rank() == 0:
+            torch.save({"common": {"format_version": 1, "adam_step": 1}}, directory / "common.pt")
+        dist.barrier()
         take_step(engine, 1)
         restored = checkpoint.load(engine, directory)
         return {"expected": expected, "loaded": gather(engine.model), "restored": restored, "step": adam_step(engine)}
