@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_qsparse.parallel import checkpoint
-from megatron_qsparse.parallel.checkpoint.saver import Output, Saver, SaveReport
+from megatron_qsparse.parallel.checkpoint.saver import GROUP_TIMEOUT, Output, Saver, SaveReport
 from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
@@ -87,8 +88,11 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     Raises ValueError where it belongs to another run, naming each difference, or where every checkpoint is damaged.
     """
     found = [_find(directory, run) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ValueError):
+    # Rank 0 reads a whole checkpoint: the default group, of NCCL on GPUs, would give up after ten minutes.
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    dist.broadcast_object_list(found, src=0, group=group)
+    dist.destroy_process_group(group)
+    if isinstance(found[0], Exception):
         raise found[0]
     if found[0] is None:
         return None
@@ -101,18 +105,25 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     return TrainerState(**state)
 
 
-def _find(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | ValueError | None:
+def _find(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | Exception | None:
     """(path, state) of the checkpoint to go on from; the error itself where there is one, since all ranks must raise it."""
     try:
-        path = directory.newest()
-        if path is None:
-            return None
-        saved = TrainerRecord.read(path)
-    except ValueError as error:
-        return error
+        return _newest(directory, run)
+    except (ValueError, OSError) as error:
+        # By its words: not every exception survives being sent.
+        return ValueError(str(error))
+    except Exception:
+        return RuntimeError(f"rank 0 failed while it looked for a checkpoint:\n{traceback.format_exc()}")
+
+
+def _newest(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | None:
+    path = directory.newest()
+    if path is None:
+        return None
+    saved = TrainerRecord.read(path)
     if found := differences(saved.identity, json.loads(json.dumps(identity(run)))):
         lines = "\n".join(f"  {line}" for line in found)
-        return ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
+        raise ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
     if saved.numerics_version != NUMERICS_VERSION:
         directory.warn(
             f"{path} was trained with numerics version {saved.numerics_version}, this is {NUMERICS_VERSION}: losses may shift here, "
