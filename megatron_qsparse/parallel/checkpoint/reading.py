@@ -86,7 +86,7 @@ def _common(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{foreign} is missing") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # Megatron's trainer stores its arguments, an object that weights_only does not read; a cut file is a RuntimeError.
+        # Objects that weights_only does not read; a cut file is a RuntimeError.
         raise ValueError(f"{foreign} cannot be read ({type(error).__name__})") from error
     # Version 1 left the wording of this file to dist_checkpointing.save.
     content = content.get("common", content) if isinstance(content, dict) else content
