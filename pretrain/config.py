@@ -127,6 +127,9 @@ class CheckpointConfig:
     milestone_interval: int = 0
     """Steps between checkpoints of the weights alone, which are kept for ever and from which an evaluation or another run can
     start; 0 writes none."""
+    start_from: str = ""
+    """A checkpoint, a milestone, or a run directory, whose newest is taken: a run that has nothing to resume begins with its
+    weights, at step 0 and with a fresh optimizer. It must hold the same network (shape, K, N:M, quantization, tokenizer)."""
 
 
 @dataclass(kw_only=True)

@@ -51,12 +51,18 @@ def checkpoints(path: Path) -> list[Path]:
     return found
 
 
-def one_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
-    """The checkpoint at this path, or the newest that is complete by its files' sizes; tells of newer ones. Raises NoCheckpoint."""
-    for checkpoint in sorted(checkpoints(path), key=lambda found: (step_of(found), kind_of(found) == "step"), reverse=True):
+def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) -> Path:
+    """The checkpoint at this path, or the newest that is complete by its files' sizes. Raises NoCheckpoint.
+
+    warn: told of newer ones that are damaged.
+    """
+    found = checkpoints(path)
+    for checkpoint in sorted(found, key=lambda found: (step_of(found), kind_of(found) == "step"), reverse=True):
         damage = files.damage(checkpoint)
         if damage is None:
             return checkpoint
+        if checkpoint == path.resolve():
+            raise NoCheckpoint(f"{path} is damaged: {damage}")
         warn(f"{checkpoint} is newer and damaged ({damage})")
     raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
