@@ -194,6 +194,7 @@ def test_recipes_decide_where_codes_are_kept():
 
 def test_checkpoint_holds_weights_master_and_moments():
     assert accounting.checkpoint_bytes(SMALL, "bf16") == 14 * accounting.parameters(SMALL).total
+    assert accounting.checkpoint_bytes(SMALL, "bf16", weights_only=True) == 2 * accounting.parameters(SMALL).total
     assert accounting.checkpoint_bytes(SMALL, "fp32", subln=True) == 16 * accounting.parameters(SMALL, subln=True).total
 
 
