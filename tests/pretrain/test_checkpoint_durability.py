@@ -1,4 +1,5 @@
-"""What a machine that fails at the worst moment leaves: the order of syncs and renames, and a process killed before it publishes."""
+"""What failures at the worst moment leave: the order of syncs and renames, a process killed before it publishes, and a rank 0 that
+cannot read what the other ranks wait for."""
 
 import os
 import signal
@@ -90,3 +91,23 @@ def test_a_process_killed_before_it_publishes_leaves_the_checkpoint_before(tmp_p
     assert [path.name for path in directory.published()] == ["step_00000010"] and directory.newest() == directory.published()[0]
     directory.begin(30)
     assert not partial.exists()
+
+
+def _look_for_it(rank: int, path: Path) -> list[str]:
+    from pretrain.callbacks.checkpointing import _of_rank_0
+
+    told = []
+    for find in (lambda: path.read_text(), lambda: {}["key"]):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            _of_rank_0(find)
+        told.append(f"{caught.type.__name__}: {caught.value}")
+    assert _of_rank_0(lambda: rank) == 0
+    return told
+
+
+def test_what_keeps_rank_0_from_a_checkpoint_every_rank_raises(tmp_path):
+    first, second = run_distributed(_look_for_it, 2, tmp_path)
+    assert first == second
+    # A disk is told of in words, a mistake of the program with its traceback.
+    assert first[0].startswith("ValueError: ") and str(tmp_path) in first[0]
+    assert first[1].startswith("RuntimeError: rank 0 failed") and "KeyError: 'key'" in first[1] and "Traceback" in first[1]
