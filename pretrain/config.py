@@ -122,11 +122,15 @@ class CheckpointConfig:
     """Checkpoints kept; older ones are removed after a newer one is complete."""
     asynchronous: bool = True
     """Go on training while a checkpoint is written: training waits for a copy in host memory only, about 1/data-parallel-size of
-    a rank's weights and optimizer state, which exists until the files are written. false waits for the files too. The run is
+    a rank's weights and optimizer state, which exists until the files are written (page-locked on GPUs: up to twice that, and
+    kept for the next save). false waits for the files too. The run is
     the same bit for bit."""
     milestone_interval: int = 0
     """Steps between checkpoints of the weights alone, which are kept for ever and from which an evaluation or another run can
     start; 0 writes none."""
+    start_from: str = ""
+    """A checkpoint, a milestone, or a run directory, whose newest is taken: a run that has nothing to resume begins with its
+    weights, at step 0 and with a fresh optimizer. It must hold the same network (shape, K, N:M, quantization, tokenizer)."""
 
 
 @dataclass(kw_only=True)

@@ -1,44 +1,53 @@
 """What makes a run this run: settings and data that a checkpoint must share with the run that goes on from it."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
+from data_tools.manifest import Manifest
 from megatron_qsparse.config import resolve
 from megatron_qsparse.models.accounting import projection_widths
-from pretrain.config import flatten
-from pretrain.validate import Validated
+from megatron_qsparse.models.config import ModelConfig
+from pretrain.config import PretrainConfig, flatten
 
-NUMERICS_VERSION = 1
+if TYPE_CHECKING:
+    from pretrain.validate import Validated
+
+NUMERICS_VERSION = 2
 """Raised whenever the same weights and samples give other losses than before; see CHANGELOG.md."""
 
 
-def identity(run: Validated) -> dict[str, object]:
+def identity(run: "Validated") -> dict[str, object]:
     """Flat names and plain values, as stored in a checkpoint's trainer.json. Layout, length and intervals are not part of it."""
-    config = run.config
-    model = dataclasses.asdict(run.model)
-    del model["preset"]
+    return define(run.config, run.model, run.manifest)
+
+
+def define(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> dict[str, object]:
+    """`identity`, before everything is validated. model: resolved."""
+    shape = dataclasses.asdict(model)
+    del shape["preset"]
     return flatten(
         {
-            "model": model,
+            "model": shape,
             "qsparse": dataclasses.asdict(config.qsparse),
             "bitnet": dataclasses.asdict(config.bitnet),
             "train": {"seed": config.train.seed, "global_batch_size": config.train.global_batch_size, "precision": config.train.precision},
             "data": {
                 "sequence_length": config.data.sequence_length,
                 "window_shards": config.data.window_shards,
-                "manifest": run.manifest.digest,
-                "tokenizer": run.manifest.tokenizer_sha256,
+                "manifest": manifest.digest,
+                "tokenizer": manifest.tokenizer_sha256,
             },
-            "kept": kept(run),
+            "kept": kept(config, model),
         }
     )
 
 
-def kept(run: Validated) -> dict[str, list[int]]:
+def kept(config: PretrainConfig, model: ModelConfig) -> dict[str, list[int]]:
     """[K, groups, width] of every sparse projection: what back ends and exporters take as given."""
-    found, config = {}, run.config
-    for projection, width in projection_widths(run.model).items():
-        for layer in range(run.model.num_layers):
-            settings = resolve(layer, run.model.num_layers, projection, width, config.qsparse, config.bitnet)
+    found = {}
+    for projection, width in projection_widths(model).items():
+        for layer in range(model.num_layers):
+            settings = resolve(layer, model.num_layers, projection, width, config.qsparse, config.bitnet)
             if settings.sparse:
                 found[settings.name] = [settings.k(width), settings.groups, width]
     return found

@@ -126,10 +126,15 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
     )
     saved = checkpoint_bytes(model, precision, config.bitnet.subln)
     parts = ("weights", "gradients", "optimizer", "codes", "gathered", "activations", "total")
+    interval, milestones = config.checkpoint.milestone_interval, []
+    if interval > 0:
+        number, size = config.train.steps // interval, checkpoint_bytes(model, precision, config.bitnet.subln, weights_only=True)
+        milestones = [("milestones", f"{number} of {size / GIB:.3f} GiB, {number * size / GIB:.3f} GiB in the end, all kept")]
     return [
         *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
         ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "
                        f"the {config.checkpoint.keep_last} kept"),
+        *milestones,
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
-from pretrain.callbacks.checkpointing import SaveCheckpoints, resume
+from pretrain.callbacks.checkpointing import SaveCheckpoints, resume, start
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.validation import Validate
@@ -48,6 +49,7 @@ def run(validated: Validated) -> int:
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
     try:
         resumed = resume(engine, checkpoints, validated)
+        started_from = start(engine, checkpoints, validated) if resumed is None else None
     except ValueError as error:
         raise Refused(str(error)) from error
     state = resumed or TrainerState()
@@ -57,7 +59,7 @@ def run(validated: Validated) -> int:
             settle(config.tracking, config.run_directory)
         groups.destroy()
         return 0
-    tracker = _start_tracking(validated, state, resumed is not None) if dist.get_rank() == 0 else None
+    tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
     saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True))
     callbacks = [signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving]
     trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
@@ -105,7 +107,7 @@ def _batches(validated: Validated, state: TrainerState, device: torch.device) ->
         yield batch["tokens"].to(device)
 
 
-def _start_tracking(validated: Validated, state: TrainerState, resumed: bool) -> Tracker:
+def _start_tracking(validated: Validated, state: TrainerState, resumed: bool, started_from: Path | None) -> Tracker:
     config, manifest = validated.config, validated.manifest
     directory = config.run_directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,8 @@ def _start_tracking(validated: Validated, state: TrainerState, resumed: bool) ->
     data = DatasetInput(name=config.data.path, digest=manifest.digest, source=config.data.path, context="training")
     tracker = Tracker(
         config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
-        tags=collect_environment(), datasets=[data], artifacts=[directory / "config.yaml"],
+        tags=collect_environment() | ({"started_from": str(started_from)} if started_from else {}),
+        datasets=[data], artifacts=[directory / "config.yaml"],
         resumed_from_step=state.step if resumed else None,
     )  # fmt: skip
     count = parameters(validated.model, subln=config.bitnet.subln)
@@ -122,6 +125,8 @@ def _start_tracking(validated: Validated, state: TrainerState, resumed: bool) ->
         f"{validated.data_parallel} data-parallel, {validated.num_micro_batches} micro-batches of {config.train.micro_batch_size} "
         f"samples each, {config.train.global_batch_size * config.data.sequence_length:,} tokens a step"
     )
+    if started_from:
+        _say(f"starting with the weights of {started_from}")
     if resumed:
         _say(f"going on after step {state.step}, {state.consumed_samples:,} samples")
     if tracker.is_new_run:

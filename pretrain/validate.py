@@ -13,6 +13,7 @@ from megatron_qsparse.models.accounting import projection_widths
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
 from pretrain.config import FORMAT_VERSION, PretrainConfig
+from pretrain.start import problems as start_problems
 
 
 class ConfigurationError(ValueError):
@@ -59,6 +60,9 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     if model is not None:
         problems += _model_problems(config, model)
         problems += _expert_problems(config, model, world_size)
+    if manifest is not None and not problems:
+        # K and widths can be compared where they can be computed.
+        problems += start_problems(config, model, manifest)
     return problems, model, manifest
 
 

@@ -78,9 +78,9 @@ def memory_per_rank(
     )
 
 
-def checkpoint_bytes(model: ModelConfig, precision: Precision, subln: bool = False) -> int:
-    """Size of one full checkpoint: the weights and the optimizer state, without file overhead."""
-    return parameters(model, subln).total * (ELEMENT_BYTES[precision] + OPTIMIZER_BYTES)
+def checkpoint_bytes(model: ModelConfig, precision: Precision, subln: bool = False, weights_only: bool = False) -> int:
+    """Size of one checkpoint, the weights and the optimizer state, or of a milestone, the weights; without file overhead."""
+    return parameters(model, subln).total * (ELEMENT_BYTES[precision] + (0 if weights_only else OPTIMIZER_BYTES))
 
 
 def _stage_memory(

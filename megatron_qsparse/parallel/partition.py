@@ -72,7 +72,7 @@ def write(param: nn.Parameter, whole: torch.Tensor) -> None:
     """Give a parameter the value `whole` (of `whole_shape`), in the working precision. Not collective: each rank keeps its share.
 
     The fp32 master weight is another tensor unless the model itself is fp32. Whoever writes weights must call
-    `ZeroEngine.weights_changed`.
+    `ZeroEngine.weights_changed`. For code that edits a model between steps, as tests do; checkpoints have ways of their own.
     """
     if not is_partitioned(param) or param.numel():
         param.data.copy_(whole.view(whole_shape(param)))

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_qsparse.parallel import checkpoint
-from megatron_qsparse.parallel.checkpoint.saver import Output, Saver, SaveReport
+from megatron_qsparse.parallel.checkpoint.saver import GROUP_TIMEOUT, Output, Saver, SaveReport
 from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.content import TrainerRecord
 from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
+from pretrain.checkpoint.files import damage
 from pretrain.identity import NUMERICS_VERSION, differences, identity
+from pretrain.start import source
 from pretrain.tracking.shipper import RUN_ID_NAME
 from pretrain.trainer import Callback, StepReport, Trainer, TrainerState
 from pretrain.validate import Validated
@@ -86,13 +90,10 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
 
     Raises ValueError where it belongs to another run, naming each difference, or where every checkpoint is damaged.
     """
-    found = [_find(directory, run) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    if found[0] is None:
+    found = _of_rank_0(lambda: _newest(directory, run))
+    if found is None:
         return None
-    path, state = found[0]
+    path, state = found
     if not checkpoint.load(engine, path / STATE_NAME) and dist.get_rank() == 0:
         directory.warn(
             f"{path} was written at another layout, or by an older version: random number generators start anew "
@@ -101,21 +102,62 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     return TrainerState(**state)
 
 
-def _find(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | ValueError | None:
-    """(path, state) of the checkpoint to go on from; the error itself where there is one, since all ranks must raise it."""
-    try:
-        path = directory.newest()
-        if path is None:
-            return None
-        saved = TrainerRecord.read(path)
-    except ValueError as error:
-        return error
+def start(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -> Path | None:
+    """Load the weights of `checkpoint.start_from` into the engine; None where that is not set. Collective.
+
+    Raises ValueError where the checkpoint is damaged.
+    """
+    path = _of_rank_0(lambda: _source(directory, run))
+    if path is not None:
+        checkpoint.load_weights(engine, path / STATE_NAME)
+    return path
+
+
+def _of_rank_0(find: Callable[[], Any]) -> Any:
+    """What rank 0 finds on the disk, on every rank; where it fails, all raise. Collective."""
+    found = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find()]
+        except (ValueError, OSError) as error:
+            # By its words: not every exception survives being sent.
+            found = [ValueError(str(error))]
+        except Exception:
+            found = [RuntimeError(f"rank 0 failed while it looked for a checkpoint:\n{traceback.format_exc()}")]
+    # Rank 0 reads a whole checkpoint: the default group, of NCCL on GPUs, would give up after ten minutes.
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    dist.broadcast_object_list(found, src=0, group=group)
+    dist.destroy_process_group(group)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _source(directory: CheckpointDirectory, run: Validated) -> Path | None:
+    path = source(run.config)
+    if path is not None:
+        if problem := damage(path, contents=True):
+            raise ValueError(f"checkpoint.start_from: {path} is not a complete checkpoint ({problem})")
+        _compare_numerics(path, TrainerRecord.read(path), directory)
+    return path
+
+
+def _newest(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | None:
+    """(path, state) of the checkpoint to go on from."""
+    path = directory.newest()
+    if path is None:
+        return None
+    saved = TrainerRecord.read(path)
     if found := differences(saved.identity, json.loads(json.dumps(identity(run)))):
         lines = "\n".join(f"  {line}" for line in found)
-        return ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
+        raise ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
+    _compare_numerics(path, saved, directory)
+    return path, saved.state
+
+
+def _compare_numerics(path: Path, saved: TrainerRecord, directory: CheckpointDirectory) -> None:
     if saved.numerics_version != NUMERICS_VERSION:
         directory.warn(
             f"{path} was trained with numerics version {saved.numerics_version}, this is {NUMERICS_VERSION}: losses may shift here, "
             "see CHANGELOG.md"
         )
-    return path, saved.state

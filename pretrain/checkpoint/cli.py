@@ -6,7 +6,7 @@ Exit status: 0 done, 1 `verify` found damage, 2 bad input or usage, 130 interrup
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_show)
 
-    command = commands.add_parser("prune", help="remove old complete checkpoints; damaged ones stay, milestones too unless asked for")
+    command = commands.add_parser(
+        "prune", help="remove old complete checkpoints once those that stay are verified; milestones only if asked"
+    )
     command.add_argument("directory", type=Path, help="run directory or its checkpoints/ folder")
     command.add_argument("--keep-last", type=_count, required=True, metavar="N", help="complete checkpoints to keep, at least 1")
     command.add_argument("--milestones", action="store_true", help="prune the milestones instead, all but the last N")
@@ -65,23 +67,37 @@ def _count(text: str) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from data_tools.progress import Progress
-    from pretrain.checkpoint.files import damages
+    from pretrain.checkpoint.directory import kind_of
     from pretrain.checkpoint.inspection import checkpoints
 
-    found = checkpoints(options.directory)
-    damaged = 0
-    with Progress("verify", sum(_size(checkpoint) for checkpoint in found)) as progress:
-        for checkpoint in found:
-            problems = list(damages(checkpoint, contents=True, progress=progress.update))
-            damaged += bool(problems)
-            for problem in problems:
-                print(f"{checkpoint}: {problem}")
+    problems = _verified(checkpoints(options.directory))
+    for checkpoint, found in problems.items():
+        for problem in found:
+            print(f"{checkpoint}: {problem}")
+    damaged = sum(map(bool, problems.values()))
     if damaged:
-        print(f"{damaged} of {len(found)} checkpoints are damaged: training uses the newest that is not", file=sys.stderr)
+        intact = [checkpoint.name for checkpoint, found in problems.items() if not found and kind_of(checkpoint) == "step"]
+        use = f"of these training would go on from {intact[-1]}" if intact else "training could go on from none of these"
+        print(f"{damaged} of {_number(len(problems), 'checkpoint')} damaged: {use}", file=sys.stderr)
         return 1
-    print(f"{options.directory}: every byte of {_number(len(found), 'checkpoint')} is what was written")
+    print(f"{options.directory}: every byte of {_number(len(problems), 'checkpoint')} is what was written")
     return 0
+
+
+def _verified(found: Sequence[Path]) -> dict[Path, list[str]]:
+    """Damages of each checkpoint, by all bytes; one that a run at work removes meanwhile is left out, and that is told."""
+    from data_tools.progress import Progress
+    from pretrain.checkpoint.files import damages, size
+
+    problems = {}
+    with Progress("verify", sum(map(size, found))) as progress:
+        for checkpoint in found:
+            lines = list(damages(checkpoint, contents=True, progress=progress.update))
+            if lines and not checkpoint.is_dir():
+                print(f"note: {checkpoint} was removed meanwhile", file=sys.stderr)
+            else:
+                problems[checkpoint] = lines
+    return problems
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -103,7 +119,7 @@ def run_list(options: argparse.Namespace) -> int:
 def run_show(options: argparse.Namespace) -> int:
     from pretrain.checkpoint.inspection import description, one_checkpoint
 
-    shown = description(one_checkpoint(options.directory))
+    shown = description(one_checkpoint(options.directory, warn=lambda text: print(f"warning: {text}", file=sys.stderr)))
     if options.json:
         print(json.dumps(shown, indent=1))
         return 0
@@ -122,23 +138,27 @@ def run_show(options: argparse.Namespace) -> int:
 def run_prune(options: argparse.Namespace) -> int:
     from data_tools.progress import format_count
     from pretrain.checkpoint.directory import CheckpointDirectory, remove
+    from pretrain.checkpoint.files import size
     from pretrain.checkpoint.inspection import checkpoints_directory
 
     directory = CheckpointDirectory(checkpoints_directory(options.directory), options.keep_last)
     kind = "milestone" if options.milestones else "step"
     superfluous = directory.superfluous(options.keep_last, kind)
+    if superfluous:
+        # Complete is a matter of sizes: before the others go, those that stay are read.
+        staying = _verified([checkpoint for checkpoint in directory.complete(kind) if checkpoint not in superfluous])
+        if damaged := next((checkpoint for checkpoint, problems in staying.items() if problems), None):
+            raise ValueError(f"{damaged} would stay and is damaged ({staying[damaged][0]}): nothing was removed; move it away first")
+        if len(staying) < options.keep_last:
+            raise ValueError(f"{directory.path}: what would stay was removed meanwhile: nothing was removed")
     for checkpoint in superfluous:
-        size = format_count(_size(checkpoint), "B")
+        freed = format_count(size(checkpoint), "B")
         if not options.dry_run:
             remove(checkpoint)
-        print(f"{'would remove' if options.dry_run else 'removed'} {checkpoint} ({size})")
+        print(f"{'would remove' if options.dry_run else 'removed'} {checkpoint} ({freed})")
     if not superfluous:
         print(f"nothing to remove: {_number(len(directory.complete(kind)), f'complete {kind} checkpoint')}")
     return 0
-
-
-def _size(checkpoint: Path) -> int:
-    return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
 
 
 def _number(count: int, noun: str) -> str:

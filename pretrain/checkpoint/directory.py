@@ -4,6 +4,8 @@ A directory without a correct files.json, or with a file of another size or chec
 skipped with a warning and the one before is used.
 """
 
+import contextlib
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +18,8 @@ from pretrain.checkpoint.files import Record, damage, seal
 Kind = Literal["step", "milestone"]
 KINDS: tuple[Kind, ...] = ("step", "milestone")
 PARTIAL = ".partial"
+REMOVED = ".removed"
+"""Behind the name of one that is being removed, or of what could not be removed."""
 STATE_NAME = "state"
 """Folder of the tensors in a checkpoint."""
 
@@ -41,21 +45,42 @@ class CheckpointDirectory:
     def publish(self, partial: Path, written: Mapping[str, Record] | None = None) -> Path:
         """Seal a written directory and give it its name; then remove the oldest steps beyond `keep_last`. Returns the new path.
 
-        written: files in it, by relative name, that are durable already and whose checksums are known.
+        written: files in it, by relative name, that are durable already and whose checksums are known. Raises OSError where it
+        is not published; what cannot be removed afterwards is only warned of.
         """
         seal(partial, written or {})
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = _set_aside(final) if final.exists() else None
         partial.rename(final)
         sync(self.path)
-        for old in self.superfluous(self.keep_last):
-            remove(old)
+        self._clean_up(final, replaced)
         return final
 
-    def superfluous(self, keep_last: int, kind: Kind = "step") -> list[Path]:
-        """Complete checkpoints before the last `keep_last` complete ones. Damaged ones are neither counted nor listed."""
-        complete = self.complete(kind)
+    def superfluous(self, keep_last: int, kind: Kind = "step", newest: Path | None = None) -> list[Path]:
+        """Checkpoints before the last `keep_last`, of those complete by their files' sizes. Damaged ones are neither counted nor listed.
+
+        newest: later steps are not counted either. A run that went on from an older checkpoint did so because those could not be
+        read: what it publishes must not make way for them.
+        """
+        complete = [path for path in self.complete(kind) if newest is None or step_of(path) <= step_of(newest)]
         return complete[: max(0, len(complete) - keep_last)]
+
+    def _clean_up(self, published: Path, replaced: Path | None) -> None:
+        """The new checkpoint is there, whatever happens to old ones."""
+        try:
+            left = [path for path in self.path.glob(f"*{REMOVED}") if path != replaced]
+            old = self.superfluous(self.keep_last, newest=published) if kind_of(published) == "step" else []
+        except OSError as error:
+            self.warn(f"{self.path} could not be looked through for old checkpoints: {error}")
+            return
+        for path in left:
+            # That it could not be removed was told then; or another process is at it now.
+            shutil.rmtree(path, ignore_errors=True)
+        for path in filter(None, (replaced, *old)):
+            try:
+                remove(path)
+            except OSError as error:
+                self.warn(f"{path} could not be removed: {error}")
 
     def complete(self, kind: Kind = "step") -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -84,10 +109,14 @@ class CheckpointDirectory:
 
 
 def remove(checkpoint: Path) -> None:
-    """Take a published checkpoint away; one that is removed half-way is no damaged checkpoint, but an unfinished one."""
-    doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    """Take a checkpoint away; one that is removed half-way is no damaged checkpoint. One that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(checkpoint if checkpoint.name.endswith(REMOVED) else _set_aside(checkpoint))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Its new path: no checkpoint's name, and one that nothing left there has."""
+    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.{secrets.token_hex(4)}{REMOVED}"))
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -1,7 +1,9 @@
 """The listing of a checkpoint's files, files.json: made when all is written, compared when something is read."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -88,15 +90,30 @@ def damages(directory: Path, contents: bool = False, progress: Callable[[int], N
     if not contents:
         return
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        found = pool.map(lambda name: sha256(directory / name, progress), intact)
-        for name, digest in zip(intact, found, strict=True):
-            if digest != listing[name]["sha256"]:
-                yield f"{name} has other contents than when it was written"
+        yield from filter(None, pool.map(lambda name: _difference(directory, name, listing[name]["sha256"], progress), intact))
+
+
+def _difference(directory: Path, name: str, expected: str, progress: Callable[[int], None]) -> str | None:
+    try:
+        digest = sha256(directory / name, progress)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    return None if digest == expected else f"{name} has other contents than when it was written"
 
 
 def damage(directory: Path, contents: bool = False) -> str | None:
     """Why this directory is not a complete checkpoint; None where it is one."""
     return next(damages(directory, contents), None)
+
+
+def size(directory: Path) -> int:
+    """Bytes of all files now; what another process removes meanwhile does not count."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:

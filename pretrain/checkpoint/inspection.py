@@ -1,5 +1,6 @@
 """What can be said about a checkpoint without loading it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from pretrain.checkpoint import files
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import KINDS, PARTIAL, STATE_NAME, CheckpointDirectory, kind_of, step_of
+from pretrain.checkpoint.directory import KINDS, PARTIAL, REMOVED, STATE_NAME, CheckpointDirectory, kind_of, step_of
 
 
 class NoCheckpoint(ValueError):
@@ -26,7 +27,7 @@ class Summary:
     size: int
     """Bytes."""
     state: str
-    """"complete" (every file is there with its size), "damaged: ..." or "unfinished"."""
+    """"complete" (every file is there with its size), "damaged: ...", "unfinished" or "being removed"."""
 
 
 def checkpoints_directory(path: Path) -> Path:
@@ -40,6 +41,7 @@ def checkpoints_directory(path: Path) -> Path:
 
 def checkpoints(path: Path) -> list[Path]:
     """The checkpoint at this path, or all published ones below it, milestones last. Raises NoCheckpoint."""
+    path = path.resolve()
     if kind_of(path) is not None and path.is_dir():
         return [path]
     directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
@@ -49,28 +51,45 @@ def checkpoints(path: Path) -> list[Path]:
     return found
 
 
-def one_checkpoint(path: Path) -> Path:
-    """The checkpoint at this path, or the newest that is complete by its files' sizes. Raises NoCheckpoint."""
+def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) -> Path:
+    """The checkpoint at this path, or the newest that is complete by its files' sizes. Raises NoCheckpoint.
+
+    warn: told of newer ones that are damaged.
+    """
     found = checkpoints(path)
-    complete = [checkpoint for checkpoint in found if files.damage(checkpoint) is None]
-    if not complete:
-        raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
-    return max(complete, key=lambda checkpoint: (step_of(checkpoint), kind_of(checkpoint) == "step"))
+    for checkpoint in sorted(found, key=lambda found: (step_of(found), kind_of(found) == "step"), reverse=True):
+        damage = files.damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        if checkpoint == path.resolve():
+            raise NoCheckpoint(f"{path} is damaged: {damage}")
+        warn(f"{checkpoint} is newer and damaged ({damage})")
+    raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
 
 def summaries(path: Path) -> list[Summary]:
     """Of all checkpoints at or below the path, unfinished ones included; by step."""
+    path = path.resolve()
     found = list(checkpoints(path)) if kind_of(path) else [child for child in checkpoints_directory(path).iterdir() if child.is_dir()]
     known = [child for child in found if kind_of(_published_name(child))]
-    return sorted((_summary(child) for child in known), key=lambda summary: (summary.step, summary.name))
+    return sorted(filter(None, map(_summary, known)), key=lambda summary: (summary.step, summary.name))
 
 
-def _summary(path: Path) -> Summary:
+def _summary(path: Path) -> Summary | None:
+    """None where a run at work has published or removed it in the meantime."""
     published = _published_name(path)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    damage = None if path != published else files.damage(path)
-    state = "unfinished" if path != published else "complete" if damage is None else f"damaged: {damage}"
-    return Summary(path.name, kind_of(published), step_of(published), _created(path), size, state)
+    if path.name.endswith(REMOVED):
+        state = "being removed"
+    elif path != published:
+        state = "unfinished"
+    else:
+        damage = files.damage(path)
+        state = "complete" if damage is None else f"damaged: {damage}"
+    try:
+        summary = Summary(path.name, kind_of(published), step_of(published), _created(path), files.size(path), state)
+    except FileNotFoundError:
+        return None
+    return summary if path.is_dir() else None
 
 
 def _created(path: Path) -> str:
@@ -81,7 +100,8 @@ def _created(path: Path) -> str:
 
 
 def _published_name(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(PARTIAL))
+    name, _, suffix = path.name.partition(".")
+    return path.with_name(name) if f".{suffix}".endswith((PARTIAL, REMOVED)) else path
 
 
 def description(checkpoint: Path) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def test_recipes_decide_where_codes_are_kept():
 
 def test_checkpoint_holds_weights_master_and_moments():
     assert checkpoint_bytes(SMALL, "bf16") == 14 * parameters(SMALL).total
+    assert checkpoint_bytes(SMALL, "bf16", weights_only=True) == 2 * parameters(SMALL).total
     assert checkpoint_bytes(SMALL, "fp32", subln=True) == 16 * parameters(SMALL, subln=True).total
 
 

@@ -1,6 +1,7 @@
 """What a saved state holds besides tensors that training steps on, how it is written meanwhile, and what is refused."""
 
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _generators(root: Path) -> dict:
 
 
 def _background(root: Path) -> dict:
-    """Two saves and a step behind each; what each holds is the state at its start."""
+    """Two saves, each of which begins to write only after another step; what each holds is the state at its start."""
     from megatron_qsparse.parallel.checkpoint import Output, Saver, load
 
     directories = [_alone(root, f"background {i}") for i in range(2)]
@@ -77,8 +78,10 @@ def _background(root: Path) -> dict:
         for step, directory in enumerate(directories):
             take_step(engine, step)
             found["expected"].append(gather(engine.model))
-            saver.start([Output(directory=directory, publish=published.append)])
+            trained = threading.Event()
+            saver.start([Output(directory=directory, prepare=trained.wait, publish=published.append)])
             take_step(engine, step + 10)
+            trained.set()
         while (report := saver.poll()) is None:
             take_step(engine, 20)
         found["report"], found["idle"] = (report.waited_s, report.total_s, report.nbytes), (saver.busy, saver.poll(), saver.wait())
@@ -110,6 +113,12 @@ def _weights_only(root: Path) -> dict:
             model = build(CASE.variant, parallel, dtype=torch.bfloat16, seed=9)
             load_weights(model, directory)
             found[directory.name] = gather(model)
+        if torch.distributed.get_rank() == 0:
+            # Alone: the other rank is not asked for anything.
+            model = build(CASE.variant, parallel, dtype=torch.bfloat16, seed=9)
+            load_weights(model, weights)
+            found["alone"] = {name: param.detach().clone() for name, param in model.named_parameters()}
+        torch.distributed.barrier()
         with pytest.raises(ValueError, match="weights only"):
             checkpoint.load(engine, weights)
     for case in (CASE, replace(CASE, stage=3), replace(CASE, tensor=2)):
@@ -306,7 +315,7 @@ def test_a_save_is_published_once_all_ranks_have_written(two):
 
 def test_weights_come_alone_from_milestones_and_from_whole_states(two):
     weights = two["weights"]
-    assert _equal(weights["full"], weights["expected"]) and _equal(weights["weights"], weights["expected"])
+    assert all(_equal(weights[name], weights["expected"]) for name in ("full", "weights", "alone"))
     full, alone = weights["sizes"]
     assert alone < full / 4
 

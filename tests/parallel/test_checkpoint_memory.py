@@ -38,9 +38,6 @@ class _Peak:
             flat.sum(), state["exp_avg"].sum(), state["exp_avg_sq"].sum()
         for param in self._engine.model.parameters():
             (param.ds_tensor if self._engine.stage == 3 else param.data).sum()
-        # Memory that the allocator keeps after it was freed would hide what is allocated, or pass for it: blocks of a MB and
-        # more come from the kernel and go back to it (M_MMAP_THRESHOLD is -3).
-        ctypes.CDLL(None).mallopt(-3, MIB)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._before = _resident("VmRSS")
@@ -76,6 +73,9 @@ def _measure(rank: int, root: Path) -> dict[int, dict[str, int]]:
     from megatron_qsparse.parallel import checkpoint
     from megatron_qsparse.parallel.checkpoint import Output, Saver
 
+    # Memory that the allocator keeps after it was freed would hide what is allocated, or pass for it: blocks of a MB and more
+    # come from the kernel and go back to it (M_MMAP_THRESHOLD is -3), those of the first engine too.
+    ctypes.CDLL(None).mallopt(-3, MIB)
     found = {}
     for stage in STAGES:
         directory = root / str(stage)
@@ -119,6 +119,6 @@ def test_saving_needs_what_the_rank_writes_and_two_parameters(measured, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_loading_needs_two_parameters(measured, stage):
-    """Nothing of what the rank writes. Mostly exactly two; now and then 16 MB more were seen."""
+    """Nothing of what the rank writes."""
     for ranks in measured:
-        assert 0.9 * LARGEST < ranks[stage]["load"] <= 2.5 * LARGEST + SLACK, {name: value / MIB for name, value in ranks[stage].items()}
+        assert 0.9 * LARGEST < ranks[stage]["load"] <= 2 * LARGEST + SLACK, {name: value / MIB for name, value in ranks[stage].items()}

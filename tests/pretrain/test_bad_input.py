@@ -127,10 +127,12 @@ def test_help_is_quick_and_imports_no_torch(module):
 
 
 def test_plan_prints_what_the_run_would_be(shards):
-    result = run("pretrain.plan", *TINY, "--data.path", shards, "--qsparse.keep", 0.4, "--world_size", 2)
+    milestones = ["--train.steps", 10, "--checkpoint.milestone_interval", 3]
+    result = run("pretrain.plan", *TINY, "--data.path", shards, "--qsparse.keep", 0.4, "--world_size", 2, *milestones)
     assert result.returncode == 0, result.stderr
     for part in ("147,776", "keeps 26 x 1 of 64", "keeps 3 x 8 of 64", "keeps 6 x 8 of 128", "GiB", "tokens", "no problems found"):
         assert part in result.stdout
+    assert "3 of 0.000 GiB" in result.stdout
 
 
 def test_a_saved_configuration_is_read_back(shards, tmp_path):

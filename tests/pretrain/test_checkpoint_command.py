@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint import files
 from pretrain.checkpoint.cli import main
 from pretrain.checkpoint.directory import CheckpointDirectory
-from tests.pretrain.launch import train
+from tests.pretrain.launch import started, train
+from tests.pretrain.test_checkpoints import flip
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +36,6 @@ def call(capsys, *arguments: object) -> tuple[int, str, str]:
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_the_run_says_what_it_saved(finished):
@@ -70,10 +67,51 @@ def test_verify_reads_every_byte(run, capsys):
     flip(victim)
     (run / "checkpoints" / "step_00000004" / "config.yaml").unlink()
     status, out, err = call(capsys, "verify", run / "checkpoints")
-    assert status == 1 and len(out.splitlines()) == 2 and "2 of 4 checkpoints are damaged" in err
+    assert status == 1 and len(out.splitlines()) == 2
+    assert "2 of 4 checkpoints damaged: of these training would go on from step_00000006" in err
     assert f"milestone_00000003: state/{victim.name} has other contents" in out and "step_00000004: config.yaml is missing" in out
     assert call(capsys, "verify", run / "checkpoints" / "step_00000006")[0] == 0
-    assert call(capsys, "verify", run / "checkpoints" / "milestone_00000003")[0] == 1
+    status, _, err = call(capsys, "verify", run / "checkpoints" / "milestone_00000003")
+    assert status == 1 and "1 of 1 checkpoint damaged: training could go on from none of these" in err
+
+
+def test_a_checkpoint_is_known_from_inside(run, capsys, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints" / "step_00000006")
+    assert "every byte of 1 checkpoint " in call(capsys, "verify", ".")[1]
+    assert [row["name"] for row in json.loads(call(capsys, "list", ".", "--json")[1])] == ["step_00000006"]
+    assert json.loads(call(capsys, "show", ".", "--json")[1])["state"]["step"] == 6
+
+
+def test_what_a_run_at_work_removes_meanwhile_is_passed_over(run, capsys, monkeypatch):
+    """The run removes step 4 as soon as one of its files is read."""
+    victim = run / "checkpoints" / "step_00000004"
+    hashed = files.sha256
+
+    def read_and_remove(path, *arguments):
+        digest = hashed(path, *arguments)
+        if victim in path.parents:
+            shutil.rmtree(victim, ignore_errors=True)
+        return digest
+
+    monkeypatch.setattr(files, "sha256", read_and_remove)
+    status, out, err = call(capsys, "verify", run)
+    assert status == 0 and "every byte of 3 checkpoints" in out and f"{victim} was removed meanwhile" in err
+
+
+def test_list_while_checkpoints_come_and_go(run, capsys):
+    """A process publishes and prunes as fast as it can."""
+    script = (
+        "import sys; from pathlib import Path; from pretrain.checkpoint.directory import CheckpointDirectory\n"
+        "directory = CheckpointDirectory(Path(sys.argv[1]), keep_last=1)\n"
+        "for step in range(100, 10**6):\n"
+        "    partial = directory.begin(step); (partial / 'state' / 'x').write_text('x'); directory.publish(partial)"
+    )
+    with started([sys.executable, "-c", script, str(run / "checkpoints")]):
+        seen = set()
+        while len(seen) < 20:
+            status, out, err = call(capsys, "list", run, "--json")
+            assert status == 0, err
+            seen |= {row["step"] for row in json.loads(out)}
 
 
 def test_show_tells_run_sparsity_layout_and_tensors(run, capsys):
@@ -93,7 +131,9 @@ def test_show_tells_run_sparsity_layout_and_tensors(run, capsys):
 def test_show_takes_the_newest_that_is_complete(run, capsys):
     for name in ("step_00000006", "milestone_00000006"):
         (run / "checkpoints" / name / "config.yaml").unlink()
-    assert json.loads(call(capsys, "show", run, "--json")[1])["state"]["step"] == 4
+    status, out, err = call(capsys, "show", run, "--json")
+    assert status == 0 and json.loads(out)["state"]["step"] == 4
+    assert "step_00000006 is newer and damaged (config.yaml is missing)" in err and "milestone_00000006 is newer and damaged" in err
 
 
 def test_prune_keeps_the_last_and_the_milestones(run, capsys):
@@ -107,6 +147,17 @@ def test_prune_keeps_the_last_and_the_milestones(run, capsys):
     assert "nothing to remove" in call(capsys, "prune", run, "--keep-last", 1)[1]
     call(capsys, "prune", run, "--keep-last", 1, "--milestones")
     assert [path.name for path in directory.published("milestone")] == ["milestone_00000006"]
+
+
+def test_prune_removes_nothing_where_what_would_stay_is_damaged(run, capsys):
+    """A flipped byte, which no size tells, must not cost the good ones."""
+    flip(next((run / "checkpoints" / "step_00000006" / "state").glob("*.distcp")))
+    before = sorted((run / "checkpoints").iterdir())
+    for dry in ([], ["--dry-run"]):
+        status, _, err = call(capsys, "prune", run, "--keep-last", 1, *dry)
+        assert status == 2 and "step_00000006 would stay and is damaged" in err and "nothing was removed" in err
+        assert sorted((run / "checkpoints").iterdir()) == before
+    assert "nothing to remove" in call(capsys, "prune", run, "--keep-last", 2)[1]
 
 
 @pytest.mark.parametrize("command", [["verify"], ["list"], ["show"], ["prune", "--keep-last", "1"]])

@@ -1,17 +1,42 @@
 """Checkpoint directories: what is kept, what counts as complete, and what is said about the rest."""
 
+import contextlib
 import json
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pretrain.checkpoint.directory import CheckpointDirectory, step_of
+from pretrain.checkpoint.directory import CheckpointDirectory, remove, step_of
 from pretrain.checkpoint.files import FILES_NAME, damage
 
 
 class Warnings(list):
     __call__ = list.append
+
+
+def flip(path: Path) -> None:
+    """Another byte, the same size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def without_root() -> Iterator[Path]:
+    """A directory of a user to whom permissions apply, and this process as that user."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 @pytest.fixture
@@ -32,7 +57,8 @@ def test_nothing_yet_is_no_checkpoint(directory):
 
 def test_the_last_ones_are_kept_and_the_newest_is_found(directory):
     paths = [_publish(directory, step) for step in (5, 10, 100, 20)]
-    assert [path.name for path in directory.complete()] == ["step_00000020", "step_00000100"]
+    # Step 20 counts what came before it; step 100 took step 5 away.
+    assert [path.name for path in directory.complete()] == ["step_00000010", "step_00000020", "step_00000100"]
     assert directory.newest() == paths[2] and step_of(paths[2]) == 100
     assert directory.warn == []
 
@@ -77,10 +103,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(directory, kind):
 
 def test_a_flipped_byte_in_the_one_to_load_is_found(directory):
     older, newer = _publish(directory, 10), _publish(directory, 20)
-    victim = newer / "state" / "part_0.bin"
-    content = bytearray(victim.read_bytes())
-    content[3] ^= 1
-    victim.write_bytes(content)
+    flip(newer / "state" / "part_0.bin")
     assert directory.newest() == older
     assert "part_0.bin has other contents" in directory.warn[0]
 
@@ -90,6 +113,59 @@ def test_damaged_ones_do_not_push_out_complete_ones(directory):
     (_publish(directory, 20) / "trainer.json").unlink()
     third = _publish(directory, 30)
     assert directory.complete() == [first, third], "two complete ones are kept, whatever lies between"
+
+
+def test_what_was_just_published_does_not_make_way_for_a_later_damaged_one(tmp_path):
+    """By sizes the later one is complete, and nobody reads it again at every save."""
+    directory = CheckpointDirectory(tmp_path, keep_last=1, warn=Warnings())
+    first = CheckpointDirectory(tmp_path, keep_last=2)
+    older, later = _publish(first, 10), _publish(first, 20)
+    flip(later / "state" / "part_0.bin")
+    assert directory.newest() == older
+    published = _publish(directory, 15)
+    assert directory.published() == [published, later] and directory.newest() == published
+    last = _publish(directory, 20, "again")
+    assert directory.published() == [last] and directory.newest() == last
+
+
+def test_an_old_one_that_cannot_be_removed_is_warned_of_and_the_new_one_is_published():
+    with without_root() as folder:
+        directory = CheckpointDirectory(folder, keep_last=1, warn=Warnings())
+        old = _publish(directory, 10)
+        (old / "state").chmod(0o555)
+        new = _publish(directory, 20)
+        assert directory.newest() == new == directory.published()[-1]
+        assert len(directory.warn) == 1 and f"{old} could not be removed: " in directory.warn[0] and "part_0.bin" in directory.warn[0]
+        [left] = folder.glob("step_00000010.*.removed")
+        # Begun, published and removed again: what is left of the first does not stand in the way.
+        again = _publish(directory, 10)
+        assert again == directory.published()[0] and len(directory.warn) == 1
+        (left / "state").chmod(0o755)
+        last = _publish(directory, 30)
+        assert list(folder.iterdir()) == [last] and len(directory.warn) == 1
+
+
+def test_one_that_is_gone_already_is_no_error_to_remove(directory):
+    path = _publish(directory, 10)
+    remove(path)
+    remove(path)
+    assert list(directory.path.iterdir()) == []
+
+
+def test_what_another_process_is_removing_is_left_alone_by_a_new_save(directory):
+    doomed = directory.path / "step_00000010.0123abcd.removed"
+    (doomed / "state").mkdir(parents=True)
+    directory.begin(20)
+    assert doomed.is_dir()
+
+
+def test_a_file_that_cannot_be_read_is_a_damage_in_words():
+    with without_root() as folder:
+        directory = CheckpointDirectory(folder, keep_last=2, warn=Warnings())
+        older, newer = _publish(directory, 10), _publish(directory, 20)
+        (newer / "state" / "part_0.bin").chmod(0)
+        assert damage(newer) is None and damage(newer, contents=True) == "state/part_0.bin cannot be read: Permission denied"
+        assert directory.newest() == older
 
 
 def test_all_damaged_is_an_error_after_each_was_named(directory):

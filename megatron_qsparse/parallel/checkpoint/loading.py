@@ -28,7 +28,7 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
     if reader.weights_only:
         raise ValueError(f"{directory} holds weights only: a run can start from them (load_weights), but not be resumed")
     found = places(engine.model)
-    _check(reader, found, ("", *(f"optimizer.{kind}." for kind in STATES)))
+    _refuse(_of_all_ranks(_problems(reader, found, ("", *(f"optimizer.{kind}." for kind in STATES)))))
     _release(engine)
     create_adam_state(engine, reader.common["adam_step"])
     _load_buffers(reader, found)
@@ -44,14 +44,15 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
 def load_weights(target: ZeroEngine | nn.Module, directory: Path) -> None:
     """Read the weights alone, of a milestone or of a whole state: for evaluation (a model) or to start a run from (an engine).
 
-    An engine's master weights become these weights, its moments zero and its step count 0. Collective over the engine's data-
-    parallel groups; into a model each rank reads for itself. Stored weights of another precision are converted. Raises
+    An engine's master weights become these weights, its moments zero and its step count 0. Collective for an engine; into a
+    model each rank reads for itself, so that some may and others need not. Stored weights of another precision are converted. Raises
     ValueError where they are of another model, or newer than this code.
     """
     reader = Reader(directory)
     model = target.model if isinstance(target, ZeroEngine) else target
     found = places(model)
-    _check(reader, found, ("",))
+    problems = _problems(reader, found, ("",))
+    _refuse(_of_all_ranks(problems) if isinstance(target, ZeroEngine) else problems)
     _load_buffers(reader, found)
     if not isinstance(target, ZeroEngine):
         for place in found:
@@ -68,14 +69,21 @@ def load_weights(target: ZeroEngine | nn.Module, directory: Path) -> None:
     target.weights_changed()
 
 
-def _check(reader: Reader, found: Iterable[Place], prefixes: Iterable[str]) -> None:
-    """Raise on every rank what any rank misses, before ranks wait for each other's tensors."""
-    problems = [
+def _problems(reader: Reader, found: Iterable[Place], prefixes: Iterable[str]) -> list[str]:
+    return [
         problem for place in found for prefix in (prefixes if place.is_parameter else ("",)) for problem in reader.problems(place, prefix)
     ]
+
+
+def _of_all_ranks(problems: list[str]) -> list[str]:
+    """What any rank misses every rank must raise, before they wait for each other's tensors."""
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, problems)
-    different = sorted({problem for rank in ranks for problem in rank})
+    return [problem for rank in ranks for problem in rank]
+
+
+def _refuse(problems: list[str]) -> None:
+    different = sorted(set(problems))
     if different:
         more = f"\n... and {len(different) - 10} more" if len(different) > 10 else ""
         raise ValueError("\n".join(different[:10]) + more)

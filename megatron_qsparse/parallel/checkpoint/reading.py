@@ -1,5 +1,10 @@
-"""Reads single tensors of a stored state, each rank for itself: no communication, no more memory than two tensors."""
+"""Reads single tensors of a stored state, each rank for itself, without communication.
 
+Memory: this rank's shard and one stored piece that it is cut from, so at most twice the largest parameter as it was stored,
+which is whole where one tensor-parallel rank wrote it.
+"""
+
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +28,7 @@ class Reader:
         if config is None or config.sharded_backend != "torch_dist":
             raise ValueError(f"{directory} holds no state in the format torch_dist of megatron.core.dist_checkpointing")
         # Read before anything else: a newer format may hold other tensors.
-        self.common: dict[str, Any] = torch.load(directory / COMMON_NAME, weights_only=True)
-        if "common" in self.common:
-            # Version 1 left the wording of this file to dist_checkpointing.save.
-            self.common = self.common["common"]
+        self.common = _common(directory)
         if self.common["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"{directory}: format {self.common['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads"
@@ -44,7 +46,8 @@ class Reader:
         for piece in place.cut(torch.empty(place.shape, device="meta"), prefix):
             if piece.key not in stored:
                 found.append(f"{piece.key} is not in {self.directory}")
-            elif not piece.allow_shape_mismatch and tuple(stored[piece.key].size) != piece.global_shape:
+            elif tuple(stored[piece.key].size) != piece.global_shape:
+                # Also where Megatron allows it (embedding and output layer): zeros for the missing rows are no trained weights.
                 shapes = f"{list(stored[piece.key].size)} in {self.directory}, {list(piece.global_shape)} in this model"
                 found.append(f"{piece.key} has the shape {shapes}")
         return found
@@ -66,14 +69,27 @@ class Reader:
     def _read(self, keyed: dict[str, list[ShardedBase]]) -> dict[str, Any]:
         """Fill the entries' tensors, in place; returns the objects among them."""
         tensors = [entry for entries in keyed.values() for entry in entries if not isinstance(entry, ShardedObject)]
-        flexible = {entry.key: entry for entry in tensors if entry.allow_shape_mismatch}
-        planner = MCoreLoadPlanner(
-            shapes_validation_sharded_tensors=[entry for entry in tensors if not entry.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors=flexible,
-        )
+        planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=tensors)
         state = mcore_to_pyt_state_dict(keyed, is_loading=True)
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
         plan = self._files.prepare_local_plan(planner.create_local_plan())
         self._files.read_data(planner.finish_plan(plan), planner).wait()
         return state
+
+
+def _common(directory: Path) -> dict[str, Any]:
+    """Content of common.pt. Raises ValueError where it was not written by `save`, say by Megatron's own trainer."""
+    foreign = f"{directory} was not written by this project: its {COMMON_NAME}"
+    try:
+        content = torch.load(directory / COMMON_NAME, weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{foreign} is missing") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # Objects that weights_only does not read; a cut file is a RuntimeError.
+        raise ValueError(f"{foreign} cannot be read ({type(error).__name__})") from error
+    # Version 1 left the wording of this file to dist_checkpointing.save.
+    content = content.get("common", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not {"format_version", "adam_step"} <= content.keys():
+        raise ValueError(f"{foreign} tells neither a format version nor Adam's step count")
+    return content

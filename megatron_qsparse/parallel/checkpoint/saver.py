@@ -4,6 +4,7 @@ The threads have a process group of their own and need nothing from the training
 publishes once all have written. So a save is also completed while the training threads wait for each other or have failed.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -60,20 +61,27 @@ class _Task:
     """One save and the thread that writes it."""
 
     def __init__(self, group: dist.ProcessGroup, snapshot: Snapshot, report: SaveReport, started: float):
-        self.report, self.error = report, None
+        self.report = report
+        # Until the thread has done everything: however it ends before that, the save has failed.
+        self.error: SaveError | None = SaveError(f"{_names(report.outputs)} was not written: the writing thread ended early")
         self._group, self._snapshot, self._started = group, snapshot, started
         # A daemon: after a failure the process must be able to leave without it.
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
+            _be_nice()
             for output in self.report.outputs:
                 self._write(output)
-        except Exception as error:
+            self.error = None
+        except SaveError as error:
             # A thread's exception reaches nobody: `_take` raises it in the training thread, on every rank.
             self.error = error
+        except BaseException as error:
+            # Mostly of the threads' own communication: another rank died.
+            self.error = SaveError(f"{_names(self.report.outputs)} was not written: {_text(error)}")
+            self.error.__cause__ = error
         finally:
             self._snapshot = None
             self.report.total_s = time.perf_counter() - self._started
@@ -92,8 +100,8 @@ class _Task:
         result = failure = None
         try:
             result = action()
-        except (Exception, CheckpointException) as error:
-            # torch's is no Exception (checkpoint/api.py: it derives from BaseException).
+        except BaseException as error:
+            # Whatever it is, the other ranks wait for an answer. torch's CheckpointException is no Exception (checkpoint/api.py).
             failure = error
         causes: list[dict[int, str] | None] = [None] * self._group.size()
         dist.all_gather_object(causes, None if failure is None else _causes(failure, self._group.rank()), group=self._group)
@@ -113,6 +121,17 @@ def _causes(failure: BaseException, rank: int) -> dict[int, str]:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _names(outputs: Sequence[Output]) -> str:
+    return ", ".join(str(output.directory) for output in outputs)
+
+
+def _be_nice() -> None:
+    """Lower this thread's priority. A process that is nicer already stays so: only root may take niceness back."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class Saver:
@@ -171,7 +190,7 @@ class Saver:
             return None
         task, self._task = self._task, None
         task.thread.join(timeout_s)
-        names = ", ".join(str(output.directory) for output in task.report.outputs)
+        names = _names(task.report.outputs)
         if task.thread.is_alive():
             return f"{names} was not completed within {timeout_s:.0f} s"
         return f"{names} was completed" if task.error is None else str(task.error)

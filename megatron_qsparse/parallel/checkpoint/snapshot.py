@@ -101,7 +101,11 @@ def layout(engine: ZeroEngine) -> dict[str, int]:
 
 
 def _copies(place: Place, whole: torch.Tensor, prefix: str = "") -> list[ShardedTensor]:
-    """The pieces, each with host memory of its own: the writer would clone a view of something larger."""
+    """The pieces, each with host memory of its own: the writer would clone a view of something larger.
+
+    For tensors of a GPU that memory is page-locked. torch's host allocator rounds each piece up to a power of two and keeps it
+    for the next save: a process holds up to twice what it writes from its first save on.
+    """
     pieces = list(place.cut(whole, prefix))
     for piece in pieces:
         copy = torch.empty(piece.data.shape, dtype=piece.data.dtype, pin_memory=piece.data.is_cuda)

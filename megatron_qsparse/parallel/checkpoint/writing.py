@@ -6,6 +6,7 @@ save; this one needs neither, and hashes each file on its way to the disk instea
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +34,18 @@ class FileRecord:
 
 
 def write(snapshot: Snapshot, weights_only: bool, directory: Path, group: dist.ProcessGroup) -> dict[str, FileRecord]:
-    """Write this rank's part, durably (fsync). Collective over the group, which must reach all ranks.
+    """Write this rank's part. Collective over the group, which must reach all ranks.
 
-    Returns this rank's files by their names in the directory. Raises torch's CheckpointException on every rank where any
-    rank fails.
+    Returns this rank's files by their names in the directory: those are durable (fsync), rank 0's common.pt and metadata.json
+    and the directory itself are not yet. Raises torch's CheckpointException on every rank where any rank fails.
     """
     entries: list[ShardedBase] = snapshot.weights if weights_only else [*snapshot.weights, *snapshot.states, *snapshot.objects]
     keyed: dict[str, list[ShardedBase]] = {}
     for entry in entries:
         keyed.setdefault(entry.unique_key if isinstance(entry, ShardedObject) else entry.key, []).append(entry)
-    writer = FileSystemWriter(directory)
+    # The file system below syncs. No copying ahead: all tensors are in host memory, and torch would otherwise take the loader that
+    # overlaps copies (filesystem.py _write_files_from_queue), with a stream on GPU 0 for a thread that has chosen no device.
+    writer = FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)
     writer.fs = files = _RecordingFileSystem()
     planner = MCoreSavePlanner(flatten_state_dict=False)
     dcp.save(mcore_to_pyt_state_dict(keyed), storage_writer=writer, planner=planner, process_group=group)
@@ -54,7 +57,10 @@ def write(snapshot: Snapshot, weights_only: bool, directory: Path, group: dist.P
 
 
 class _RecordingFileSystem(FileSystem):
-    """Keeps size and checksum of every file that is written through it."""
+    """Makes every file that is written through it durable, and keeps its size and checksum.
+
+    torch's own fsync comes before the last bytes have left Python's buffer (filesystem.py: no flush before os.fsync).
+    """
 
     def __init__(self):
         super().__init__()
@@ -68,6 +74,7 @@ class _RecordingFileSystem(FileSystem):
                 return
             recorder = _Recorder(stream)
             yield recorder
+            recorder.close()
         self.records[Path(path).name] = FileRecord(recorder.size, recorder.digest.hexdigest())
 
     def rename(self, path, new_path) -> None:
@@ -76,11 +83,11 @@ class _RecordingFileSystem(FileSystem):
 
 
 class _Recorder:
-    """An output file that is only appended to."""
+    """An output file that is only appended to, and durable once it is closed."""
 
     def __init__(self, file):
         self._file, self.size, self.digest = file, 0, hashlib.sha256()
-        self.flush, self.fileno, self.close = file.flush, file.fileno, file.close
+        self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, data) -> int:
         written = self._file.write(data)
@@ -90,3 +97,9 @@ class _Recorder:
 
     def tell(self) -> int:
         return self.size
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
