@@ -8,6 +8,7 @@
             files.json            size and sha256 of every file above, and when; written last
         milestone_00001000/       the same with weights only, kept until someone prunes milestones
         step_00001250.partial/    being written, or what an interrupted save left: no checkpoint
+        step_00000900.X.removed/  being removed, or what could not be removed; tried again at the next save
 
 The learning rate is a function of the step and the samples are a function of their number: both follow from trainer.json.
 Nothing here imports torch, but what reads tensors' names.
