@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import layout
 from tests.parallel.test_zero import assert_same, label
 from tests.parallel.training import Case, make_engine, micro_batches, take_step, train_all
@@ -42,13 +41,13 @@ def _on_two(rank: int, directory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one() -> dict:
-    return run_distributed(train_all, 1, ONE)[0]
+def one(pool) -> dict:
+    return pool.run(train_all, 1, ONE)[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    return run_distributed(_on_two, 2, tmp_path_factory.mktemp("interleaved") / "state", timeout=300)
+def two(pool, tmp_path_factory) -> list[dict]:
+    return pool.run(_on_two, 2, tmp_path_factory.mktemp("interleaved") / "state", timeout=300)
 
 
 @pytest.mark.parametrize("case", INTERLEAVED, ids=label)

@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import build, gather
 from tests.parallel.test_zero import assert_same, label
 from tests.parallel.training import DECAY, LR, Case, History, case_layout, make_engine, take_step, train, train_plainly
@@ -151,18 +150,18 @@ def _save_and_load(cases: list[Case], directory: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[Case, History]:
-    return run_distributed(train_plainly, 1, PLAIN)[0]
+def plain(pool) -> dict[Case, History]:
+    return pool.run(train_plainly, 1, PLAIN)[0]
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory) -> dict:
-    return run_distributed(_on_two, 2, tmp_path_factory.mktemp("checkpoints"), timeout=400)[0]
+def on_two(pool, tmp_path_factory) -> dict:
+    return pool.run(_on_two, 2, tmp_path_factory.mktemp("checkpoints"), timeout=400)[0]
 
 
 @pytest.fixture(scope="module")
-def on_four() -> dict:
-    return run_distributed(_on_four, 4, timeout=400)[0]
+def on_four(pool) -> dict:
+    return pool.run(_on_four, 4, timeout=400)[0]
 
 
 def _reference(plain: dict[Case, History], case: Case) -> History:

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.conftest import ZERO_3
 from tests.parallel.helpers import layout
 from tests.parallel.test_zero import assert_same, label
@@ -108,8 +107,8 @@ def _errors() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> dict:
-    return run_distributed(_two_ranks, 2, timeout=300)[0]
+def two_ranks(pool) -> dict:
+    return pool.run(_two_ranks, 2, timeout=300)[0]
 
 
 def _assert_same(found: History, expected: History, precision: str) -> None:

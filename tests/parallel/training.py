@@ -1,8 +1,6 @@
 """Short training runs of small models, described by a `Case`, and the same by plain torch.optim.AdamW."""
 
 import contextlib
-import functools
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
@@ -56,10 +54,11 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
 
     At stage 3 no parameter is whole longer than it must be, unless the case says so.
     """
+    from megatron_qsparse.compat import deepspeed
     from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
-    _freeze_libraries()
+    deepspeed.load()
     _restart_numbering()
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
     if weights is not None:
@@ -84,15 +83,6 @@ def _restart_numbering() -> None:
     Init.param_id = 0
     [modules] = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     modules[0] = 0
-
-
-@functools.cache
-def _freeze_libraries() -> None:
-    """DeepSpeed's bf16 optimizer collects garbage six times when it is made; without the libraries' objects that is quick."""
-    from megatron_qsparse.compat import deepspeed
-
-    deepspeed.load()
-    gc.freeze()
 
 
 def micro_batches(step: int, samples: int = GLOBAL_BATCH) -> list[torch.Tensor]:
