@@ -52,8 +52,6 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     ),
     "two_kv_heads": (small_model(num_query_groups=2), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
 }  # fmt: skip
-DENSE_VARIANTS = tuple(name for name, (model, _, _) in VARIANTS.items() if not model.num_experts)
-"""Without experts: those also run on tensor-parallel ranks without sequence parallelism."""
 
 
 ENGINES: list = []
