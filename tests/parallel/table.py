@@ -92,7 +92,7 @@ EVERY_VARIANT = ("tp4", "pp2", "dp2-zero2")
 """Layouts that every variant meets in `make test`."""
 EXPERTS = ("moe", "moe_bitnet_groups", "moe_bitnet_groups_subln")
 EXPERTS_LAYOUTS = ("ep2", "ep2-pp2", "ep2-tp2-sp")
-BF16_LAYOUTS = ("dp2", "dp2-zero2", "dp2-zero3", "pp2", "pp2-recompute", "pp2-virtual2")
+BF16_LAYOUTS = ("dp2", "dp2-zero2", "dp2-zero3", "pp2", "pp2-recompute", "pp2-virtual2", "pp2-virtual2-zero2-recompute")
 """In bf16 a tensor-parallel rank rounds its partial sum before the sum over ranks, so these only have the reference's numbers; two
 pairs on tensor-parallel ranks are held to it more loosely (`comparison.ROUNDED_COSINE`)."""
 FREE_VARIANTS = ("dense", "groups", "block")
@@ -141,7 +141,8 @@ def pairs() -> list[Pair]:
     found += [Pair(variant, layout) for variant in EXPERTS for layout in EXPERTS_LAYOUTS]
     found += [Pair(variant, "tp4-sp") for variant in ("one_kv_head", "two_kv_heads")]
     found += [Pair("moe_bitnet_groups_subln", layout) for layout in ("ep2-tp2-sp-micro2", "ep2-pp2-virtual2")]
-    found += [Pair("tied_bitnet_subln", "pp2-virtual2"), Pair("dense", "pp2-virtual2", "bf16"), Pair("moe", "ep2-pp2-virtual2")]
+    found += [Pair("tied_bitnet_subln", "pp2-virtual2"), Pair("moe", "ep2-pp2-virtual2")]
+    found += [Pair("dense", layout, "bf16") for layout in ("pp2-virtual2", "pp2-virtual2-zero2-recompute")]
     found += [Pair("bitnet", "tp2-sp"), Pair("dense", "pp2-zero2"), Pair("bitnet_groups_subln", "dp2", following=True)]
     found += [Pair("dense", layout, "bf16") for layout in ("dp2-zero2", "pp2", "dp2-zero3")]
     found += [Pair("bitnet_groups_subln", layout, "bf16") for layout in ("dp2", "dp2-zero3", "pp2-recompute")]
