@@ -12,9 +12,6 @@ NORM = 1e-5
 """Relative."""
 TENSOR = 1e-5
 """Gradients, weights and inputs of projections: of the largest entry of the whole tensor."""
-ROUNDED_LOSS, ROUNDED_NORM, ROUNDED_COSINE = 5e-3, 5e-3, 0.999
-"""In bf16, where partial sums are rounded otherwise than in one process: of the loss, absolute; of the norm, relative; of each
-gradient and what one process has."""
 FLIPS = 1e-4
 """Share of all mask entries and codes."""
 MASK_TIE, CODE_TIE = 1e-5, 1e-3
@@ -64,10 +61,6 @@ class Comparison:
     alphas: list[str] = field(default_factory=list)
     """Ternary weights whose scales are not the same bits."""
     differing: list[str] = field(default_factory=list)
-    cosine: tuple[float, str] = (1.0, "")
-    """The smallest of a gradient and the reference's."""
-    rounded: bool = False
-    """Partial sums were rounded otherwise: masks and codes are not compared, numbers to `ROUNDED_*`."""
 
     def problems(self) -> list[str]:
         """What is wrong, in words; nothing where the step is the reference's."""
@@ -80,38 +73,28 @@ class Comparison:
             found.append(f"Adam's count of updates differs by {self.updates}")
         if self.inputs[0] > TENSOR:
             found.append(f"input of {self.inputs[1]}: differs by {self.inputs[0]:.1e} of its maximum, more than {TENSOR}")
-        if self.rounded:
-            limits = [
-                ("loss", self.loss, ROUNDED_LOSS),
-                ("gradient norm", self.norm, ROUNDED_NORM),
-                (f"gradient of {self.cosine[1]}: one minus its cosine", 1 - self.cosine[0], 1 - ROUNDED_COSINE),
-            ]
-        else:
-            limits = [
-                ("loss", self.loss, LOSS),
-                ("gradient norm", self.norm, NORM),
-                (f"gradient of {self.gradient[1]}", self.gradient[0], TENSOR),
-                (f"weight {self.weight[1]} after the step", self.weight[0], TENSOR),
-            ]
         if self.flips == 0:
             found += [
-                f"{what}: differs by {difference:.1e}, more than {limit:.0e}"
-                for what, difference, limit in limits
+                f"{what}: differs by {difference:.1e}, more than {limit}"
+                for what, difference, limit in (
+                    ("loss", self.loss, LOSS),
+                    ("gradient norm", self.norm, NORM),
+                    (f"gradient of {self.gradient[1]}", self.gradient[0], TENSOR),
+                    (f"weight {self.weight[1]} after the step", self.weight[0], TENSOR),
+                )
                 if not difference <= limit
             ]
         return [f"{self.step}: {problem}" for problem in found]
 
 
-def compare(step: str, reference: Trace, other: Trace, rounded: bool = False) -> Comparison:
-    """other against the reference; rounded: see `Comparison`."""
+def compare(step: str, reference: Trace, other: Trace) -> Comparison:
+    """other against the reference."""
     found = Comparison(
         step, abs(other.loss - reference.loss), abs(other.norm / reference.norm - 1), _worst(reference.gradients, other.gradients),
         _worst(reference.weights, other.weights), abs(other.updates - reference.updates), differing=other.differing,
-        cosine=_least_cosine(reference.gradients, other.gradients), rounded=rounded,
     )  # fmt: skip
     found.alphas = [name for name, alpha in reference.alphas.items() if not torch.equal(alpha, other.alphas[name])]
-    if not rounded:
-        _compare_choices(reference.choices, other.choices, found)
+    _compare_choices(reference.choices, other.choices, found)
     return found
 
 
@@ -125,13 +108,12 @@ def _worst(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return max((_relative(other[name] - tensor, tensor), name) for name, tensor in _expected(reference, other).items())
 
 
-def _least_cosine(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Infinitely small where it is not a number."""
+def least_cosine(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The smallest of any gradient, and whose it is; minus infinity where it is not a number."""
     cosines = []
     for name, tensor in _expected(reference, other).items():
         here, there = other[name].double().flatten(), tensor.double().flatten()
-        # Of an expert without tokens both are zero.
-        value = 1.0 if not here.any() and not there.any() else (here @ there / here.norm() / there.norm()).item()
+        value = (here @ there / here.norm() / there.norm()).item()
         cosines.append((value if value == value else float("-inf"), name))
     return min(cosines)
 

@@ -93,8 +93,8 @@ EVERY_VARIANT = ("tp4", "pp2", "dp2-zero2")
 EXPERTS = ("moe", "moe_bitnet_groups", "moe_bitnet_groups_subln")
 EXPERTS_LAYOUTS = ("ep2", "ep2-pp2", "ep2-tp2-sp")
 BF16_LAYOUTS = ("dp2", "dp2-zero2", "dp2-zero3", "pp2", "pp2-recompute", "pp2-virtual2", "pp2-virtual2-zero2-recompute")
-"""In bf16 a tensor-parallel rank rounds its partial sum before the sum over ranks, so these only have the reference's numbers; two
-pairs on tensor-parallel ranks are held to it more loosely (`comparison.ROUNDED_COSINE`)."""
+"""In bf16 a tensor-parallel rank rounds its partial sum before the sum over ranks, so these only have the reference's numbers; see
+test_bf16_tensor.py."""
 FREE_VARIANTS = ("dense", "groups", "block")
 FREE_LAYOUTS = ("tp4", "pp4", "dp2-zero2", "tp2-sp", "tp2-pp2", "dp4", "dp2-zero3")
 FREE_STEPS, FREE_LOSS = 8, 1e-5
@@ -103,16 +103,14 @@ FAULTS = [
     ("all groups in each shard", Pair("groups", "tp4"), "mask of layers.0.attention.proj"),
     ("top-K of each shard", Pair("global", "tp4"), "mask of layers.0.attention.proj"),
     ("absmean of each shard", Pair("bitnet", "tp2-sp"), "alpha of "),
-    ("absmax of each shard", Pair("bitnet", "tp4"), "codes of layers.0.attention.proj"),
-    ("SubLN of each shard", Pair("subln", "tp4"), "input of layers.0.attention.proj"),
+    ("absmax of each shard", Pair("bitnet", "tp4"), "of layers.0.attention.proj"),
+    ("SubLN of each shard", Pair("subln", "tp4"), "loss"),
     ("SubLN without its backward reduction", Pair("subln", "tp4"), "gradient of "),
-    ("SubLN without its backward reduction", Pair("bitnet_groups_subln", "tp2-sp", "bf16"), "cosine"),
-    ("rescale of each shard", Pair("rescale", "tp4"), "loss"),
+    ("rescale of each shard", Pair("rescale", "tp4"), "layers.0.mlp.gate_up"),
     ("query, key and value rows by local index", Pair("one_kv_head", "tp4"), "alpha of "),
     ("no sequence-parallel hook", Pair("dense", "tp2-sp"), "layernorm"),
-    ("no sequence-parallel hook", Pair("dense", "tp2-sp", "bf16"), "cosine"),
     ("stale alpha", Pair("bitnet_groups_subln", "dp2", following=True), "alpha of "),
-    ("no sum of a tied embedding", Pair("tied", "pp2"), "embedding.word_embeddings.weight"),
+    ("no sum of a tied embedding", Pair("tied", "pp2"), "output_layer.weight"),
     ("Adam's step count reset", Pair("dense", "dp2"), "Adam's count of updates"),
     ("no reset before each backward", Pair("dense", "pp2-zero2"), "gradient norm"),
     ("no reset before each backward", Pair("dense", "pp2", "bf16"), "gradient norm"),
@@ -146,7 +144,6 @@ def pairs() -> list[Pair]:
     found += [Pair("bitnet", "tp2-sp"), Pair("dense", "pp2-zero2"), Pair("bitnet_groups_subln", "dp2", following=True)]
     found += [Pair("dense", layout, "bf16") for layout in ("dp2-zero2", "pp2", "dp2-zero3")]
     found += [Pair("bitnet_groups_subln", layout, "bf16") for layout in ("dp2", "dp2-zero3", "pp2-recompute")]
-    found += [Pair(variant, "tp2-sp", "bf16") for variant in ("dense", "bitnet_groups_subln")]
     return [pair for pair in dict.fromkeys(found) if possible(pair)]
 
 

@@ -80,7 +80,7 @@ def against_reference(rank: int, root: Path, case: Case, after: Iterable[int], b
             if rank == 0:
                 expected = [torch.load(_trace(root, updates, batch, later), weights_only=False) for later in range(1 + following)]
                 names = [f"step {updates + 1 + later} of batch {batch}" for later in range(1 + following)]
-                found.append([compare(*step, rounded=case.rounds_partial_sums) for step in zip(names, expected, traces, strict=True)])
+                found.append([compare(*step) for step in zip(names, expected, traces, strict=True)])
     return found
 
 

@@ -40,11 +40,6 @@ class Case:
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
-    @property
-    def rounds_partial_sums(self) -> bool:
-        """A tensor-parallel rank rounds its partial sum to bf16 before the sum over ranks: the numbers are not those of one process."""
-        return self.tensor > 1 and self.precision == "bf16"
-
 
 @dataclass
 class History:
