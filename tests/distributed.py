@@ -35,11 +35,12 @@ ALWAYS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 class Pool:
     """`size` processes, started by the first `run` and again by the first one after a failure.
 
+    fresh: start each from nothing, for tests that measure a process: a forked one shares its memory with others.
     A context manager; leaving it ends the processes and raises RuntimeError where one does not end by itself.
     """
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, fresh: bool = False):
+        self.size, self.fresh = size, fresh
         self._folder = tempfile.TemporaryDirectory()
         self._processes: list = []
         self._connections: list[Connection] = []
@@ -90,7 +91,7 @@ class Pool:
             self._kill()
 
     def _start(self) -> None:
-        context = _forking()
+        context = multiprocessing.get_context("spawn") if self.fresh else _forking()
         for rank in range(self.size):
             connection, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs))
@@ -139,9 +140,9 @@ class Pool:
         self._processes, self._connections = [], []
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120, fresh: bool = False) -> list:
     """`Pool.run` on processes of its own, which are gone afterwards."""
-    with Pool(world_size) as pool:
+    with Pool(world_size, fresh) as pool:
         return pool.run(fn, world_size, *args, timeout=timeout)
 
 
