@@ -1,12 +1,13 @@
 """Runs functions on real processes joined by gloo, for tests of whatever communicates.
 
-Starting a process and importing the libraries costs seconds, a process group milliseconds: a `Pool` keeps its processes and
-gives every function a world of its own.
+Importing the libraries costs many seconds, a process group milliseconds: processes are forked from one that has imported them
+(`preload`), and a `Pool` keeps its processes and gives every function a world of its own.
 """
 
 import faulthandler
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import sys
@@ -18,22 +19,28 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
-MAX_THREADS = 150
+MAX_THREADS = 60
 """Of one process. Megatron's caches keep some of the process groups that a model had, and gloo's threads of an idle group wake up a
-hundred times a second: a process that has had many layouts slows the machine down."""
+hundred times a second: a process that has had many layouts slows the machine down. A new one costs a fraction of a second."""
+AT_THE_END: list[Callable[[], None]] = []
+"""Called before a world's groups are destroyed, by modules that keep some."""
+ALWAYS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""On a machine with GPUs Megatron and DeepSpeed would take them; these processes are joined by gloo."""
 
 
 class Pool:
-    """`size` spawned processes, started by the first `run` and again by the first one after a failure.
+    """`size` processes, started by the first `run` and again by the first one after a failure.
 
+    fresh: start each from nothing, for tests that measure a process: a forked one shares its memory with others.
     A context manager; leaving it ends the processes and raises RuntimeError where one does not end by itself.
     """
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, fresh: bool = False):
+        self.size, self.fresh = size, fresh
         self._folder = tempfile.TemporaryDirectory()
         self._processes: list = []
         self._connections: list[Connection] = []
@@ -84,7 +91,7 @@ class Pool:
             self._kill()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if self.fresh else _forking()
         for rank in range(self.size):
             connection, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs))
@@ -133,10 +140,20 @@ class Pool:
         self._processes, self._connections = [], []
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120, fresh: bool = False) -> list:
     """`Pool.run` on processes of its own, which are gone afterwards."""
-    with Pool(world_size) as pool:
+    with Pool(world_size, fresh) as pool:
         return pool.run(fn, world_size, *args, timeout=timeout)
+
+
+def _forking():
+    """The context of processes that are forked from a server, which has imported `tests.preload` and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    # What the libraries read when they are imported; of a server that runs already nothing changes.
+    with mock.patch.dict(os.environ, {**ALWAYS, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _stacks(world: str, rank: int) -> str:
@@ -147,8 +164,7 @@ def _stacks(world: str, rank: int) -> str:
 
 def _serve(rank: int, connection: Connection) -> None:
     """A pool's process: one function after another, until it receives None or fails."""
-    # On a machine with GPUs Megatron and DeepSpeed would take them; these processes are joined by gloo.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(ALWAYS, RANK=str(rank), LOCAL_RANK=str(rank))
     # Without this gloo resolves the host name, which fails on machines without a network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     while (job := connection.recv()) is not None:
@@ -187,6 +203,8 @@ def _leave_world() -> None:
     """Destroy all process groups, with what DeepSpeed remembers of them where it was used."""
     import torch.distributed as dist
 
+    for forget in AT_THE_END:
+        forget()
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()

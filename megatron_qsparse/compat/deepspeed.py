@@ -31,10 +31,14 @@ def initialize(**kwargs):
     """deepspeed.initialize(**kwargs) -> engine, without the memory report that its bf16 optimizer prints unconditionally."""
     deepspeed = load()
     # The report collects garbage six times, 0.3 s each over the hundred thousands of objects that the imports left.
-    gc.freeze()
+    # A caller that has frozen them keeps them frozen: unfreezing knows no half.
+    freeze = not gc.get_freeze_count()
+    if freeze:
+        gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(**kwargs)
     finally:
-        gc.unfreeze()
+        if freeze:
+            gc.unfreeze()
     return engine

@@ -1,12 +1,13 @@
 """Mode "global" on real gloo processes: the mask equals a stable sort of the gathered token."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_qsparse.layers import global_topk
 from megatron_qsparse.layers.global_topk import global_topk_mask
-from tests.distributed import run_distributed
 
 TOKENS, WIDTH = 12, 96
 
@@ -45,8 +46,8 @@ def _masks(rank, cases):
 
 
 def _small_chunks(rank, k):
-    global_topk._CHUNK_ENTRIES = 50
-    return global_topk_mask(_rows(torch.bfloat16).chunk(dist.get_world_size(), dim=-1)[rank], k, dist.group.WORLD)
+    with mock.patch.object(global_topk, "_CHUNK_ENTRIES", 50):
+        return global_topk_mask(_rows(torch.bfloat16).chunk(dist.get_world_size(), dim=-1)[rank], k, dist.group.WORLD)
 
 
 def _edge_cases(rank):
@@ -67,23 +68,23 @@ def _edge_cases(rank):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_mask_equals_the_stable_sort_of_the_gathered_token(size):
+def test_mask_equals_the_stable_sort_of_the_gathered_token(pool, size):
     dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     cases = [(dtype, k, (3, 4) if k == 38 else (TOKENS,)) for dtype in dtypes for k in (1, 13, 38, 95, 96)]
-    by_rank = run_distributed(_masks, size, cases)
+    by_rank = pool.run(_masks, size, cases)
     for case, (dtype, k, leading) in enumerate(cases):
         mask = torch.cat([masks[case] for masks in by_rank], dim=-1)
         assert mask.shape == (*leading, WIDTH)
         assert torch.equal(mask.flatten(0, -2), _stable_sort_mask(_rows(dtype), k)), (dtype, k)
 
 
-def test_the_mask_does_not_depend_on_the_chunks():
-    mask = torch.cat(run_distributed(_small_chunks, 2, 38), dim=-1)
+def test_the_mask_does_not_depend_on_the_chunks(pool):
+    mask = torch.cat(pool.run(_small_chunks, 2, 38), dim=-1)
     assert torch.equal(mask, _stable_sort_mask(_rows(torch.bfloat16), 38))
 
 
-def test_shapes_sizes_and_refusals():
-    results = run_distributed(_edge_cases, 2)
+def test_shapes_sizes_and_refusals(pool):
+    results = pool.run(_edge_cases, 2)
     assert torch.equal(torch.cat([r["one row"] for r in results]), _stable_sort_mask(_rows(torch.float32), 5)[2])
     assert all(r["empty"] == (0, 8) and not r["gradient"] for r in results)
     assert torch.equal(results[0]["alone"], _stable_sort_mask(_rows(torch.float32), 5))

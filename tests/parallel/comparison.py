@@ -98,10 +98,24 @@ def compare(step: str, reference: Trace, other: Trace) -> Comparison:
     return found
 
 
-def _worst(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
-    expected = {name: reference[name if name in reference else _COPIES[name]] for name in other}
+def _expected(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reference's tensor for each of the other's."""
     assert reference.keys() <= other.keys()
-    return max((_relative(other[name] - tensor, tensor), name) for name, tensor in expected.items())
+    return {name: reference[name if name in reference else _COPIES[name]] for name in other}
+
+
+def _worst(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
+    return max((_relative(other[name] - tensor, tensor), name) for name, tensor in _expected(reference, other).items())
+
+
+def least_cosine(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The smallest of any gradient, and whose it is; minus infinity where it is not a number."""
+    cosines = []
+    for name, tensor in _expected(reference, other).items():
+        here, there = other[name].double().flatten(), tensor.double().flatten()
+        value = (here @ there / here.norm() / there.norm()).item()
+        cosines.append((value if value == value else float("-inf"), name))
+    return min(cosines)
 
 
 def _relative(difference: torch.Tensor, tensor: torch.Tensor) -> float:
@@ -152,7 +166,10 @@ def _in_order(expected: Choices, here: Choices) -> Choices:
 
 
 def _mask_ties(expected: Choices, here: Choices, clean: torch.Tensor, flipped: torch.Tensor) -> bool:
-    """Whether the entries that were swapped in a slice of a token have nearly the same magnitude."""
+    """Whether the entries that were swapped in a slice of a token have nearly the same magnitude, and are swapped one for one."""
+    one, other = (choices.chosen[clean].unflatten(-1, (expected.groups, -1)).sum(-1) for choices in (expected, here))
+    if not torch.equal(one, other):
+        return False
     magnitude = expected.inputs[clean].abs()
     largest = magnitude.amax(-1, keepdim=True)
     magnitude, flipped = (tensor.unflatten(-1, (expected.groups, -1)) for tensor in (magnitude, flipped))

@@ -16,10 +16,6 @@ PIPELINE = [replace(case, pipeline=2) for case in ONE[2:]]
 PIPELINE_STAGE_2 = Case("dense", "fp32", pipeline=2, stage=2)
 PIPELINE_RECOMPUTE = [replace(case, pipeline=2) for case in RECOMPUTE] + [replace(PIPELINE_STAGE_2, recompute=True)]
 TWO_COPIES = Case("tied_bitnet_subln", "bf16", two_copies=True)
-ZERO_3 = [
-    Case("bitnet_groups_subln", tensor=2, sequence=True, stage=3, steps=2),
-    Case("tied_bitnet_subln", "bf16", tensor=2, stage=3, steps=2),
-]
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -54,9 +50,3 @@ def invariance_table(pytestconfig) -> Iterator[InvarianceTable]:
     yield table
     if path:
         table.write(Path(path))
-
-
-@pytest.fixture(scope="session")
-def four_ranks(pool) -> dict[Case, History]:
-    """By the engine on two by two tensor- and data-parallel ranks."""
-    return pool.run(train_all, 4, ZERO_3 + [replace(case, stage=1) for case in ZERO_3])[0]

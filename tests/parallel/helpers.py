@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_qsparse.config import BitNetConfig, ParallelConfig, QSparseConfig
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
+from tests.distributed import AT_THE_END
 
 SEQUENCE = 16
 CPU = torch.device("cpu")
@@ -52,8 +53,6 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     ),
     "two_kv_heads": (small_model(num_query_groups=2), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
 }  # fmt: skip
-DENSE_VARIANTS = tuple(name for name, (model, _, _) in VARIANTS.items() if not model.num_experts)
-"""Without experts: those also run on tensor-parallel ranks without sequence parallelism."""
 
 
 ENGINES: list = []
@@ -80,8 +79,9 @@ def layout(
         parallel_state.destroy_model_parallel()
 
 
-_initialized: dict[tuple[int, int, int], dict] = {}
-_of_world: list = [None]
+_initialized: dict[tuple[int, int, int, int], dict] = {}
+"""The groups of the layouts of this world."""
+AT_THE_END.append(_initialized.clear)
 
 
 def _initialize(parallel: ParallelConfig) -> None:
@@ -94,9 +94,6 @@ def _initialize(parallel: ParallelConfig) -> None:
 
     from megatron_qsparse.parallel import groups
 
-    if _of_world[0] is not dist.group.WORLD:
-        _initialized.clear()
-        _of_world[0] = dist.group.WORLD
     key = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert
     state = _initialized.get(key)
     if state is None:
@@ -116,6 +113,7 @@ def one_process() -> Iterator[None]:
             with layout():
                 yield
         finally:
+            _initialized.clear()
             dist.destroy_process_group()
 
 

@@ -70,8 +70,8 @@ class Recorder:
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Micro-batches [sequence, 1, width] become samples; the tokens [tokens, width] of an expert one long list."""
-    return torch.stack(parts) if parts[0].dim() == 3 else torch.cat(parts)[None]
+    """Micro-batches [sequence, samples, width] become samples; the tokens [tokens, width] of an expert one long list."""
+    return torch.cat(parts, dim=1).transpose(0, 1)[:, :, None] if parts[0].dim() == 3 else torch.cat(parts)[None]
 
 
 def _join(key: tuple[str, str], by_data: list[list[tuple]], split: int | None, groups: int, differing: list[str]) -> Choices:

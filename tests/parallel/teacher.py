@@ -1,5 +1,6 @@
 """Teacher forcing: a reference run writes checkpoints, and each layout loads them and takes one step as the reference did."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,17 +39,24 @@ def whole_weights(variant: str, layers: int = 2) -> dict[str, torch.Tensor]:
 
 
 def write_reference(rank: int, root: Path, case: Case, batch: int, following: bool) -> None:
-    """Train alone and write checkpoints, unless they are there; then the traces of the steps from each of them."""
+    """Train alone and write checkpoints, unless they are there; then the traces of the steps from each of them.
+
+    root appears once it is whole: a reference that failed halfway is no reference.
+    """
     from megatron_qsparse.parallel import checkpoint
 
     with layout() as parallel:
         engine = make_engine(case, parallel, whole_weights(case.variant, case.layers))
-        for updates in range(max(AFTER) + 1) if not root.exists() else ():
-            if updates:
-                take_step(engine, updates)
-            if updates in AFTER:
-                _state(root, updates).mkdir(parents=True)
-                checkpoint.save(engine, _state(root, updates))
+        if not root.exists():
+            unfinished = root.with_name(f"{root.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            for updates in range(max(AFTER) + 1):
+                if updates:
+                    take_step(engine, updates)
+                if updates in AFTER:
+                    _state(unfinished, updates).mkdir(parents=True)
+                    checkpoint.save(engine, _state(unfinished, updates))
+            unfinished.rename(root)
         for updates in AFTER:
             checkpoint.load(engine, _state(root, updates))
             for later in range(1 + following):

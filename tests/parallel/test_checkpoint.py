@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import VARIANTS, gather, layout
 from tests.parallel.training import Case, make_engine, take_step
 
@@ -117,8 +116,8 @@ def _newer(directory: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    return run_distributed(_everything, 2, tmp_path_factory.mktemp("checkpoints"), timeout=300)[0]
+def results(pool, tmp_path_factory) -> dict:
+    return pool.run(_everything, 2, tmp_path_factory.mktemp("checkpoints"), timeout=300)[0]
 
 
 def _assert_equal_state(found: dict, expected: dict, tied: bool) -> None:

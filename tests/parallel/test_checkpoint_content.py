@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import VARIANTS, build, gather, layout, tokens
 from tests.parallel.training import DECAY, LR, Case, make_engine, micro_batches, take_step
 
@@ -268,14 +267,14 @@ def _loaded_from_three(root: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on_three(tmp_path_factory) -> tuple[Path, dict]:
+def on_three(pool, tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("content")
-    return root, run_distributed(_save_on_three, 3, root, timeout=300)[0]
+    return root, pool.run(_save_on_three, 3, root, timeout=300)[0]
 
 
 @pytest.fixture(scope="module")
-def two(on_three) -> dict:
-    return run_distributed(_on_two_ranks, 2, on_three[0], timeout=400)[0]
+def two(pool, on_three) -> dict:
+    return pool.run(_on_two_ranks, 2, on_three[0], timeout=400)[0]
 
 
 def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

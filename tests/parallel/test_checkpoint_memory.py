@@ -100,7 +100,7 @@ def _measure(rank: int, root: Path) -> dict[int, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> list[dict]:
-    return run_distributed(_measure, 2, tmp_path_factory.mktemp("memory"), timeout=300)
+    return run_distributed(_measure, 2, tmp_path_factory.mktemp("memory"), timeout=300, fresh=True)
 
 
 LARGEST = 8192 * 1024 * 4

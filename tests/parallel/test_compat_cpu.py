@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megatron_qsparse.compat import cpu
 from megatron_qsparse.config import ParallelConfig
-from tests.distributed import run_distributed
 from tests.parallel.helpers import VARIANTS, layout, small_model
 from tests.parallel.training import Case, make_engine, micro_batches
 
@@ -168,9 +167,9 @@ def _uneven_shards(rank: int) -> dict:
         return {"equal": equal, "refused": str(refused.value)}
 
 
-def test_shards_of_different_lengths_are_gathered_and_scattered():
+def test_shards_of_different_lengths_are_gathered_and_scattered(pool):
     """Should the second part fail after an update of torch, `_DistributedView` can go."""
-    for found in run_distributed(_uneven_shards, 2):
+    for found in pool.run(_uneven_shards, 2):
         assert found["equal"] == (True, True, True)
         assert "size" in found["refused"]
 
@@ -183,9 +182,9 @@ def _without_host_splits(rank: int) -> str:
         return _outcome(_dispatcher, parallel, Path())
 
 
-def test_split_sizes_as_tensors_are_refused():
+def test_split_sizes_as_tensors_are_refused(pool):
     """Should this fail after an update of Megatron or torch, `_use_host_splits` can go."""
-    assert all(outcome.startswith("TypeError") for outcome in run_distributed(_without_host_splits, 2))
+    assert all(outcome.startswith("TypeError") for outcome in pool.run(_without_host_splits, 2))
 
 
 def test_the_router_needs_a_name_that_only_transformer_engine_defines(alone_and_enabled, monkeypatch):
@@ -200,8 +199,8 @@ def test_the_router_needs_a_name_that_only_transformer_engine_defines(alone_and_
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, tuple[str, str]]]:
-    return run_distributed(_run_snippets, 2, tmp_path_factory.mktemp("saved"))
+def outcomes(pool, tmp_path_factory) -> list[dict[str, tuple[str, str]]]:
+    return pool.run(_run_snippets, 2, tmp_path_factory.mktemp("saved"))
 
 
 def test_every_patch_has_a_snippet():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import build, gather, layout
 from tests.parallel.training import Case, make_engine, micro_batches, take_step
 
@@ -58,8 +57,8 @@ def _engine_options() -> tuple[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict:
-    return run_distributed(_initial_weights, 2)[0]
+def weights(pool) -> dict:
+    return pool.run(_initial_weights, 2)[0]
 
 
 @pytest.mark.parametrize("name", ["tensor", "sequence", "pipeline"])

@@ -1,32 +1,22 @@
-"""Two pipeline stages with two chunks of layers each (interleaved 1F1B) take the steps of one process."""
+"""Two pipeline stages with two chunks of layers each (interleaved 1F1B); test_invariance.py compares their steps."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import layout
-from tests.parallel.test_zero import assert_same, label
-from tests.parallel.training import Case, make_engine, micro_batches, take_step, train_all
+from tests.parallel.training import Case, make_engine, micro_batches, take_step
 
-ONE = [
-    Case("bitnet_groups_subln", layers=4), Case("dense", "bf16", layers=4), Case("tied_bitnet_subln", layers=4),
-]  # fmt: skip
-INTERLEAVED = [replace(case, pipeline=2, virtual=2) for case in ONE]
-INTERLEAVED += [replace(case, stage=2, recompute=True) for case in INTERLEAVED[:2]]
-
-
-def one_process(case: Case) -> Case:
-    return replace(case, pipeline=1, virtual=1, stage=1, recompute=False)
+INTERLEAVED = Case("bitnet_groups_subln", layers=4, pipeline=2, virtual=2)
 
 
 def _on_two(rank: int, directory) -> dict:
     from megatron_qsparse.parallel import checkpoint
 
-    found = train_all(rank, INTERLEAVED)
+    found = {}
     with layout(pipeline=2, virtual=2) as parallel:
-        engine = make_engine(INTERLEAVED[0], parallel)
+        engine = make_engine(INTERLEAVED, parallel)
         found["layers"] = [layer.layer_number for chunk in engine.model.chunks for layer in chunk.decoder.layers]
         batches = micro_batches(0)
         found["evaluated"], found["step"] = engine.evaluate(iter(batches), len(batches)), take_step(engine, 0)
@@ -35,28 +25,15 @@ def _on_two(rank: int, directory) -> dict:
         checkpoint.save(engine, directory)
         found["next"] = take_step(engine, 1)
     with layout(pipeline=2) as parallel:
-        engine = make_engine(replace(INTERLEAVED[0], virtual=1), parallel)
+        engine = make_engine(replace(INTERLEAVED, virtual=1), parallel)
         checkpoint.load(engine, directory)
         found["resumed"] = take_step(engine, 1)
     return found
 
 
 @pytest.fixture(scope="module")
-def one() -> dict:
-    return run_distributed(train_all, 1, ONE)[0]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    return run_distributed(_on_two, 2, tmp_path_factory.mktemp("interleaved") / "state", timeout=300)
-
-
-@pytest.mark.parametrize("case", INTERLEAVED, ids=label)
-def test_interleaved_stages_are_one_process(one, two, case):
-    found = two[0][case]
-    # Two stages hold a second copy of a tied embedding.
-    assert found.weights.keys() ^ one[one_process(case)].weights.keys() <= {"output_layer.weight"}
-    assert_same(found, one[one_process(case)], case.precision)
+def two(pool, tmp_path_factory) -> list[dict]:
+    return pool.run(_on_two, 2, tmp_path_factory.mktemp("interleaved") / "state", timeout=300)
 
 
 def test_stages_hold_every_other_chunk(two):

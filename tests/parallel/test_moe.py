@@ -13,10 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import build, gather
 from tests.parallel.test_zero import assert_same, label
-from tests.parallel.training import DECAY, LR, Case, History, case_layout, make_engine, take_step, train, train_plainly
+from tests.parallel.training import DECAY, LR, Case, History, case_layout, make_engine, take_step, train, train_all, train_plainly
 
 DENSE, QUANTIZED = Case("moe"), Case("moe_bitnet_groups_subln", steps=1)
 FP32 = [DENSE, QUANTIZED]
@@ -27,19 +26,20 @@ BF16_EXPERT = [replace(case, expert=2) for case in BF16]
 PLAIN = [*FP32, *BF16, *STARVED, *BF16_EXPERT]
 EP2_TP2 = {"expert": 2, "tensor": 2, "sequence": True}
 
+ALONE = [*FP32, *BF16]
+"""What test_invariance.py compares layouts with."""
 ON_TWO = [
-    *(replace(case, stage=stage) for case in (*FP32, *BF16) for stage in (1, 2)),
-    *(replace(case, expert=2, stage=stage) for case in (*FP32, *BF16) for stage in (1, 2)),
+    *FP32, *(replace(case, stage=stage) for case in BF16 for stage in (1, 2)), replace(DENSE, expert=2),
+    *(replace(case, expert=2, stage=2) for case in FP32), *(replace(case, expert=2, stage=stage) for case in BF16 for stage in (1, 2)),
     *(replace(case, expert=2) for case in STARVED),
     *(replace(case, expert=2, dispatcher="allgather") for case in FP32),
     *(replace(case, tensor=2, sequence=True, steps=1) for case in (*FP32, *STARVED)),
-    *(replace(case, pipeline=2) for case in (QUANTIZED, BF16[0])),
-    replace(DENSE, pipeline=2, recompute=True),
+    replace(BF16[0], pipeline=2), replace(DENSE, pipeline=2, recompute=True),
 ]  # fmt: skip
 ON_FOUR = [
-    *(replace(case, expert=2, pipeline=2) for case in (*FP32, *BF16)),
+    *(replace(case, expert=2, pipeline=2) for case in BF16),
     replace(DENSE, expert=2, pipeline=2, stage=2), replace(QUANTIZED, expert=2, pipeline=2, recompute=True),
-    *(replace(case, **EP2_TP2, steps=1, stage=stage) for case in FP32 for stage in (1, 2)),
+    *(replace(case, **EP2_TP2, steps=1, stage=2) for case in FP32),
     replace(QUANTIZED, **EP2_TP2, dispatcher="allgather"), replace(QUANTIZED, **EP2_TP2, starved=2),
     replace(DENSE, expert=2), replace(DENSE, expert=2, stage=2), replace(DENSE, expert=4),
 ]  # fmt: skip
@@ -49,6 +49,8 @@ MISTAKES = {
     "experts treated as dense, bf16": BF16_EXPERT[0],
     "aux loss of every micro-batch at full weight": replace(DENSE, expert=2),
 }
+SPREAD = ({}, {"expert": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"recompute": True}, {"pipeline": 2, "recompute": True})
+MEASURED = [replace(case, **changes) for case in (DENSE, QUANTIZED) for changes in SPREAD]
 SAVED = {
     "one to two": [replace(QUANTIZED, stage=2), replace(QUANTIZED, expert=2), replace(QUANTIZED, stage=2)],
     "two to one, bf16": [replace(QUANTIZED, precision="bf16", expert=2), replace(QUANTIZED, precision="bf16"),
@@ -58,12 +60,8 @@ SAVED = {
 """The case that saves, and those that load what it saved."""
 
 
-def _train_all(rank: int, cases: list[Case]) -> dict[Case, History]:
-    return {case: train(case) for case in cases}
-
-
 def _on_two(rank: int, root: Path) -> dict:
-    found = _train_all(rank, ON_TWO)
+    found = train_all(rank, ON_TWO)
     for mistake, case in MISTAKES.items():
         with _make(mistake):
             found[mistake] = train(case)
@@ -72,14 +70,14 @@ def _on_two(rank: int, root: Path) -> dict:
             found.setdefault("initial", []).append(
                 {variant: gather(build(variant, parallel)) for variant in (DENSE.variant, QUANTIZED.variant)}
             )
-    found["metrics"] = {case: _metrics(case) for case in (DENSE, replace(DENSE, expert=2), replace(DENSE, tensor=2, sequence=True))}
+    found["metrics"] = {case: _metrics(case) for case in MEASURED}
     for name, cases in SAVED.items():
         found[name] = _save_and_load(cases, root / name)
     return found
 
 
 def _on_four(rank: int) -> dict:
-    found = _train_all(rank, [*ON_FOUR, BF16_TENSOR])
+    found = train_all(rank, [*ON_FOUR, BF16_TENSOR])
     with case_layout(BF16_TENSOR) as parallel, _make("experts' norm without the tensor-parallel ranks"):
         found["norm"] = take_step(make_engine(BF16_TENSOR, parallel), 0).grad_norm
     return found
@@ -151,18 +149,23 @@ def _save_and_load(cases: list[Case], directory: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[Case, History]:
-    return run_distributed(train_plainly, 1, PLAIN)[0]
+def plain(pool) -> dict[Case, History]:
+    return pool.run(train_plainly, 1, PLAIN)[0]
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory) -> dict:
-    return run_distributed(_on_two, 2, tmp_path_factory.mktemp("checkpoints"), timeout=400)[0]
+def alone(pool) -> dict[Case, History]:
+    return pool.run(train_all, 1, ALONE)[0]
 
 
 @pytest.fixture(scope="module")
-def on_four() -> dict:
-    return run_distributed(_on_four, 4, timeout=400)[0]
+def on_two(pool, tmp_path_factory) -> dict:
+    return pool.run(_on_two, 2, tmp_path_factory.mktemp("checkpoints"), timeout=400)[0]
+
+
+@pytest.fixture(scope="module")
+def on_four(pool) -> dict:
+    return pool.run(_on_four, 4, timeout=400)[0]
 
 
 def _reference(plain: dict[Case, History], case: Case) -> History:
@@ -173,6 +176,11 @@ def _reference(plain: dict[Case, History], case: Case) -> History:
 
 def _name(case: Case) -> str:
     return "-".join([label(case), case.dispatcher] + ["starved"] * bool(case.starved))
+
+
+@pytest.mark.parametrize("case", ALONE, ids=_name)
+def test_the_engine_alone_is_adamw(plain, alone, case):
+    assert_same(alone[case], _reference(plain, case), case.precision)
 
 
 @pytest.mark.parametrize("case", ON_TWO, ids=_name)
@@ -247,8 +255,10 @@ def test_a_loaded_state_goes_on_with_the_same_step(on_two, name):
         assert others[-1] == expected
 
 
-def test_metrics_do_not_depend_on_the_layout(on_two):
-    one, *others = on_two["metrics"].values()
+@pytest.mark.parametrize("variant", ["moe", "moe_bitnet_groups_subln"])
+def test_metrics_do_not_depend_on_the_layout(on_two, variant):
+    """Sparsity of inputs whose masks may have flipped at a near-tie is the same to 1e-3."""
+    one, *others = (metrics for case, metrics in on_two["metrics"].items() if case.variant == variant)
     layers, experts = 2, 4
     loads = [[one[f"experts/layers.{layer}.{expert}/load"] for expert in range(experts)] for layer in range(layers)]
     for layer, row in enumerate(loads):
@@ -259,4 +269,5 @@ def test_metrics_do_not_depend_on_the_layout(on_two):
     assert 0.9 < one["moe/aux_loss"] < 2
     for other in others:
         assert other.keys() == one.keys()
-        assert all(other[name] == pytest.approx(value, abs=1e-6) for name, value in one.items())
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, abs=1e-3 if "moe_bitnet" in variant and "sparsity" in name else 1e-6), name

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
 from tests.parallel.helpers import gather
 from tests.parallel.training import Case, case_layout, make_engine, micro_batches, take_step
 
@@ -56,8 +55,8 @@ def _poisoned_run(case: Case, value: float) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[dict[str, dict]]:
-    return run_distributed(_poisoned_runs, 2, timeout=300)
+def runs(pool) -> list[dict[str, dict]]:
+    return pool.run(_poisoned_runs, 2, timeout=300)
 
 
 @pytest.mark.parametrize("name", CASES)

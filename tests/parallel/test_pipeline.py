@@ -13,7 +13,8 @@ from tests.parallel.training import Case
 @pytest.mark.parametrize("case", PIPELINE_RECOMPUTE, ids=label)
 def test_recomputing_activations_changes_no_bit_of_a_pipeline(two_stages, case):
     found, expected = two_stages[case], two_stages[replace(case, recompute=False)]
-    assert (found.losses, found.norms) == (expected.losses, expected.norms)
+    assert (found.losses, found.norms) == (expected.losses, expected.norms) and found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
 
 
 def test_copies_of_a_tied_embedding_stay_equal(two_stages):

@@ -1,8 +1,6 @@
 """Short training runs of small models, described by a `Case`, and the same by plain torch.optim.AdamW."""
 
 import contextlib
-import functools
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
@@ -11,7 +9,7 @@ import torch
 
 from tests.parallel.helpers import ENGINES, SEQUENCE, build, gather, layout, load, tokens
 
-GLOBAL_BATCH, MICRO_BATCH, LR, DECAY, EPS = 4, 1, 1e-2, 0.1, 1e-4
+GLOBAL_BATCH, LR, DECAY, EPS = 4, 1e-2, 0.1, 1e-4
 UNTIED_TWIN = {"tied_bitnet_subln": "bitnet_groups_subln"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,6 +31,8 @@ class Case:
     steps: int = 3
     recompute: bool = False
     layers: int = 2
+    micro_batch: int = 1
+    """Samples."""
     partition: tuple[int, int, int] = (0, 0, 0)
     """Stage 3: persistence threshold, reuse distance and prefetch of `PartitionSettings`."""
     starved: int = 0
@@ -56,10 +56,11 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
 
     At stage 3 no parameter is whole longer than it must be, unless the case says so.
     """
+    from megatron_qsparse.compat import deepspeed
     from megatron_qsparse.parallel.partition import PartitionSettings
     from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 
-    _freeze_libraries()
+    deepspeed.load()
     _restart_numbering()
     model = build(case.variant, parallel, dtype=DTYPES[case.precision], recompute=case.recompute, layers=case.layers)
     if weights is not None:
@@ -68,7 +69,7 @@ def make_engine(case: Case, parallel, weights: dict[str, torch.Tensor] | None = 
     persistence, reuse, prefetch = case.partition
     partition = PartitionSettings(persistence_threshold=persistence, reuse_distance=reuse, prefetch=prefetch)
     engine = ZeroEngine(
-        model, stage=case.stage, adam=adam, micro_batch_size=MICRO_BATCH, sequence_length=SEQUENCE, partition=partition
+        model, stage=case.stage, adam=adam, micro_batch_size=case.micro_batch, sequence_length=SEQUENCE, partition=partition
     )  # fmt: skip
     ENGINES.append(engine)
     return engine
@@ -86,21 +87,12 @@ def _restart_numbering() -> None:
     modules[0] = 0
 
 
-@functools.cache
-def _freeze_libraries() -> None:
-    """DeepSpeed's bf16 optimizer collects garbage six times when it is made; without the libraries' objects that is quick."""
-    from megatron_qsparse.compat import deepspeed
-
-    deepspeed.load()
-    gc.freeze()
-
-
-def micro_batches(step: int, samples: int = GLOBAL_BATCH) -> list[torch.Tensor]:
+def micro_batches(step: int, samples: int = GLOBAL_BATCH, size: int = 1) -> list[torch.Tensor]:
     """This data-parallel rank's part of the global batch of a step."""
     from megatron.core import parallel_state
 
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(tokens(samples, seed=1000 + step).chunk(ranks)[rank].split(MICRO_BATCH))
+    return list(tokens(samples, seed=1000 + step).chunk(ranks)[rank].split(size))
 
 
 def case_layout(case: Case):
@@ -108,7 +100,7 @@ def case_layout(case: Case):
 
 
 def take_step(engine, step: int, lr: float = LR, samples: int = GLOBAL_BATCH):
-    batches = micro_batches(step, samples)
+    batches = micro_batches(step, samples, engine.micro_batch_size)
     return engine.train_step(iter(batches), len(batches), lr, DECAY)
 
 
@@ -163,10 +155,10 @@ def _train_plainly(case: Case) -> History:
         ternary = TernaryWeights(model.modules())
         masters = _Masters(model, case.two_copies)
         history = History([], [])
-        positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
+        positions = torch.arange(SEQUENCE).expand(case.micro_batch, -1)
         for step in range(case.steps):
             total = 0.0
-            batches = micro_batches(step)
+            batches = micro_batches(step, size=case.micro_batch)
             # Every micro-batch's load-balancing loss counts like its own loss.
             MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches)))
             for batch in batches:
