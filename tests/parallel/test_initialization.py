@@ -1,5 +1,7 @@
 """Initial weights are a function of seed and name alone, and what a layout cannot do is refused when the engine is made."""
 
+import gc
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def _initial_weights(rank: int) -> dict:
         found["bf16"] = gather(build("one_kv_head", parallel, torch.bfloat16, seed=5))
     found["refusals"] = _refusals()
     found["stale"], found["counted"] = _engine_options()
+    found["frozen"] = gc.get_freeze_count()
     return found
 
 
@@ -120,3 +123,8 @@ def test_sparsity_is_measured_in_training_and_not_in_evaluation(weights):
     assert evaluation == {}
     # keep = 0.4 of 64 features is 26.
     assert len(step) == 4 and all(sparsity >= 1 - 26 / 64 for sparsity in step.values())
+
+
+def test_objects_that_were_frozen_before_the_engines_stay_frozen(weights):
+    """By `tests.preload`; DeepSpeed's start is run with everything frozen."""
+    assert weights["frozen"] > 100_000
