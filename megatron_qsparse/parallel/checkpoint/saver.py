@@ -72,6 +72,7 @@ class _Task:
     def _run(self) -> None:
         try:
             _be_nice()
+            self._snapshot.assemble(self._group)
             for output in self.report.outputs:
                 self._write(output)
             self.error = None

@@ -1,6 +1,7 @@
 """The copy in host memory that a save writes, while training goes on and changes the originals."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +19,20 @@ FORMAT_VERSION = 2
 """1: no generator states, and neither layout nor content in common.pt."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a tensor that no rank holds whole."""
+
+    spread: Spread
+    kind: str
+    """One of `STATES`, or `WEIGHT`."""
+    part: torch.Tensor
+    """A copy in host memory."""
+
+
 @dataclass
 class Snapshot:
-    """What this rank writes, and only that: tensors that other ranks write are not kept."""
+    """What this rank writes, and its shares of what is still to be put together."""
 
     weights: list[ShardedTensor]
     states: list[ShardedTensor]
@@ -28,10 +40,28 @@ class Snapshot:
     objects: list[ShardedObject]
     common: dict[str, Any]
     """Rank 0's is written."""
+    shares: deque[Share] = field(default_factory=deque)
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.data.nbytes for piece in (*self.weights, *self.states))
+        """Of the tensors that this rank writes."""
+        missing = (share.spread.place.numel * share.part.itemsize for share in self.shares if share.spread.is_writer)
+        return sum(piece.data.nbytes for piece in (*self.weights, *self.states)) + sum(missing)
+
+    @torch.no_grad()
+    def assemble(self, group: dist.ProcessGroup) -> None:
+        """Put the shared tensors together, one by one. Collective over `group`, a gloo group of all ranks.
+
+        Shares go as tensors come, so that this needs one tensor more than the larger of the two, and twice that where it is
+        stored in pieces.
+        """
+        while self.shares:
+            share = self.shares.popleft()
+            whole = share.spread.gather(share.part, group)
+            if whole is not None:
+                place = share.spread.place
+                pieces = place.cut(whole.view(place.shape), _prefix(share.kind))
+                (self.weights if share.kind == WEIGHT else self.states).extend(map(_on_its_own, pieces))
 
 
 class Copier:
@@ -44,7 +74,7 @@ class Copier:
 
     @torch.no_grad()
     def snapshot(self, optimizer: bool) -> Snapshot:
-        """Collective. optimizer: with master weights, moments and generator states. Needs, besides what it returns, one tensor."""
+        """optimizer: with master weights, moments and generator states. Needs nothing besides what it returns."""
         engine = self.engine
         taken = Snapshot([], [], [], common(engine, optimizer))
         for place in self.places:
@@ -54,26 +84,29 @@ class Copier:
             create_adam_state(engine, adam_step(engine))
             world, rank = dist.get_world_size(), dist.get_rank()
             taken.objects.append(ShardedObject("rng", rng.states(), (world,), (rank,)))
-        sending: list[dist.Work] = []
         for spread in self.spreads:
-            taken.weights += self._kept(spread, WEIGHT, sending)
-            for kind in STATES if optimizer else ():
-                taken.states += self._kept(spread, kind, sending)
-        for request in sending:
-            request.wait()
+            # What is no first copy, is none on all ranks of the spread.
+            for kind in (WEIGHT, *STATES) if optimizer else (WEIGHT,):
+                if spread.place.is_first_copy:
+                    self._take(taken, spread, kind)
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         return taken
 
-    def _kept(self, spread: Spread, kind: str, sending: list[dist.Work]) -> list[ShardedTensor]:
-        """Copies of one tensor where this rank writes it. The whole tensor is gone when this returns."""
-        if kind == WEIGHT and self.engine.stage < 3:
-            whole = spread.place.tensor.data
-        else:
-            whole = spread.gather(part_of(self.engine, spread, kind), sending)
-        if not spread.is_writer or not spread.place.is_first_copy:
-            return []
-        return _copies(spread.place, whole.view(spread.place.shape), "" if kind == WEIGHT else f"optimizer.{kind}.")
+    def _take(self, taken: Snapshot, spread: Spread, kind: str) -> None:
+        """Copy one tensor where this rank has it whole and writes it, or this rank's share where no rank has it whole."""
+        local = kind == WEIGHT and self.engine.stage < 3
+        if local or spread.writer_has_all:
+            if spread.is_writer:
+                whole = spread.place.tensor.data if local else part_of(self.engine, spread, kind)
+                pieces = _copies(spread.place, whole.view(spread.place.shape), _prefix(kind))
+                (taken.weights if kind == WEIGHT else taken.states).extend(pieces)
+        elif spread.span[1] or spread.is_writer:
+            taken.shares.append(Share(spread, kind, _on_host(part_of(self.engine, spread, kind))))
+
+
+def _prefix(kind: str) -> str:
+    return "" if kind == WEIGHT else f"optimizer.{kind}."
 
 
 def common(engine: ZeroEngine, optimizer: bool) -> dict[str, Any]:
@@ -108,10 +141,21 @@ def _copies(place: Place, whole: torch.Tensor, prefix: str = "") -> list[Sharded
     """
     pieces = list(place.cut(whole, prefix))
     for piece in pieces:
-        copy = torch.empty(piece.data.shape, dtype=piece.data.dtype, pin_memory=piece.data.is_cuda)
-        # From a GPU in stream order, behind the gather and before the next optimizer step; the caller waits for the stream.
-        piece.data = copy.copy_(piece.data, non_blocking=True)
+        piece.data = _on_host(piece.data)
     return pieces
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    # From a GPU in stream order, before the next optimizer step; the caller waits for the stream.
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _on_its_own(piece: ShardedTensor) -> ShardedTensor:
+    """With memory that holds nothing else."""
+    if piece.data.untyped_storage().nbytes() != piece.data.nbytes:
+        piece.data = piece.data.clone()
+    return piece
 
 
 def _as_tuple(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:

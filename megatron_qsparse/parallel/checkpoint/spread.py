@@ -42,25 +42,26 @@ class Spread:
         """This rank's."""
         return self.spans[self.group.rank()]
 
-    def gather(self, part: torch.Tensor, sending: list[dist.Work]) -> torch.Tensor | None:
-        """The whole flat tensor on the writer, None elsewhere. part: this rank's span. Collective over the group.
+    @property
+    def writer_has_all(self) -> bool:
+        return self.spans[self.writer][1] == self.place.numel
 
-        Where the writer holds everything it gets `part` itself, not a copy. sending: takes what this rank still sends when
-        this returns, so that it can go on to tensors that it receives; `part` must not change before that is done.
+    def gather(self, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor | None:
+        """The whole flat tensor on the writer, None elsewhere. part: this rank's span, in host memory.
+
+        Collective over this parameter's group, by messages in `group`, a gloo group of all ranks.
         """
         if not self.is_writer:
             if self.span[1]:
-                sending.append(dist.isend(part, self._global_rank(self.writer), group=self.group))
+                dist.send(part, self._global_rank(self.writer), group=group)
             return None
-        if self.span[1] == self.place.numel:
-            return part
-        whole = torch.empty(self.place.numel, dtype=part.dtype, device=part.device)
+        whole = torch.empty(self.place.numel, dtype=part.dtype)
         receiving = []
         for rank, (start, length) in enumerate(self.spans):
             if rank == self.writer:
                 whole.narrow(0, start, length).copy_(part)
             elif length:
-                receiving.append(dist.irecv(whole.narrow(0, start, length), self._global_rank(rank), group=self.group))
+                receiving.append(dist.irecv(whole.narrow(0, start, length), self._global_rank(rank), group=group))
         for request in receiving:
             request.wait()
         return whole
