@@ -123,6 +123,7 @@ def _of_rank_0(find: Callable[[], Any]) -> Any:
             # By its words: not every exception survives being sent.
             found = [ValueError(str(error))]
         except Exception:
+            # Swallowed by nobody: the other ranks wait in the broadcast below, and all of them raise it with its traceback.
             found = [RuntimeError(f"rank 0 failed while it looked for a checkpoint:\n{traceback.format_exc()}")]
     # Rank 0 reads a whole checkpoint: the default group, of NCCL on GPUs, would give up after ten minutes.
     group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)

@@ -52,7 +52,7 @@ class Snapshot:
     def assemble(self, group: dist.ProcessGroup) -> None:
         """Put the shared tensors together, one by one. Collective over `group`, a gloo group of all ranks.
 
-        Shares go as tensors come, so that this needs one tensor more than the larger of the two, and twice that where it is
+        A share is let go when its tensor is there, so beyond what the rank writes this needs about one tensor, and two where it is
         stored in pieces.
         """
         while self.shares:
