@@ -84,9 +84,11 @@ class Copier:
             create_adam_state(engine, adam_step(engine))
             world, rank = dist.get_world_size(), dist.get_rank()
             taken.objects.append(ShardedObject("rng", rng.states(), (world,), (rank,)))
-        for spread in self.spreads:
-            # What is no first copy, is none on all ranks of the spread.
-            for kind in (WEIGHT, *STATES) if optimizer else (WEIGHT,):
+        # Kind by kind: the writers change from parameter to parameter, and so, as shares are put together, what a rank receives
+        # stays near what it lets go. All kinds of one parameter in turn need half a tensor more for each kind.
+        for kind in (WEIGHT, *STATES) if optimizer else (WEIGHT,):
+            for spread in self.spreads:
+                # What is no first copy, is none on all ranks of the spread.
                 if spread.place.is_first_copy:
                     self._take(taken, spread, kind)
         if engine.device.type == "cuda":
