@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[ModelConfig, QSparseConfig, BitNetConfig]] = {
     "moe_bitnet_groups_subln": (
         small_model(**EXPERTS, moe_shared_expert_ffn_hidden_size=64), QSparseConfig(**KEEP), BitNetConfig(enabled=True, subln=True)
     ),
+    "moe_tied": (small_model(**EXPERTS, tied_embeddings=True), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
     "two_kv_heads": (small_model(num_query_groups=2), QSparseConfig(**KEEP), BitNetConfig(enabled=True)),
 }  # fmt: skip
 

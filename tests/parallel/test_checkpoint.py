@@ -1,40 +1,87 @@
-"""A saved state continues bit for bit at its own layout, and is the same weights, moments and step at any other."""
+"""A saved state continues bit for bit at its own layout, and is the same weights, moments and step at any other.
 
-from dataclasses import replace
+Two or four ranks save, and two or four load.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.parallel.helpers import VARIANTS, gather, layout
-from tests.parallel.training import Case, make_engine, take_step
+from tests.parallel.training import Case, case_layout, make_engine, take_step
 
-DENSE, DENSE_BF16 = Case(), Case(precision="bf16")
+
+@dataclass(frozen=True)
+class Run:
+    case: Case
+    ranks: int
+
+
+def two(case: Case, **changes) -> Run:
+    return Run(replace(case, **changes), 2)
+
+
+def four(case: Case, **changes) -> Run:
+    return Run(replace(case, **changes), 4)
+
+
+DENSE, DENSE_BF16, DEEP = Case(), Case(precision="bf16"), Case("groups", layers=4)
 QUANTIZED, QUANTIZED_BF16 = Case("bitnet_groups_subln"), Case("bitnet_groups_subln", "bf16")
 TIED, TIED_BF16 = Case("tied_bitnet_subln"), Case("tied_bitnet_subln", "bf16")
+ONE_KV_HEAD = Case("one_kv_head", "bf16")
+MOE, MOE_QUANTIZED, MOE_BF16 = Case("moe"), Case("moe_bitnet_groups_subln"), Case("moe_bitnet_groups_subln", "bf16")
+MOE_TIED, MOE_TIED_BF16 = Case("moe_tied"), Case("moe_tied", "bf16")
+SP = {"tensor": 2, "sequence": True}
+LAYOUT = ("tensor", "sequence", "pipeline", "expert", "stage")
 
-
-def stages(case: Case, *numbers: int) -> list[Case]:
-    return [replace(case, stage=number) for number in numbers]
-
-
-SAVED: dict[str, list[Case]] = {
-    "dense fp32": [DENSE, DENSE, replace(DENSE, pipeline=2), *stages(DENSE, 2, 3)],
-    "dense bf16": [DENSE_BF16, DENSE_BF16, *stages(DENSE_BF16, 2, 3)],
-    "dense bf16 stage 2": stages(DENSE_BF16, 2, 1, 3),
-    "dense fp32 stage 3": stages(DENSE, 3, 3, 2),
-    "quantized bf16 stage 3": [*stages(QUANTIZED_BF16, 3, 3, 1, 2), replace(QUANTIZED_BF16, tensor=2)],
-    "tied bf16 stage 3": [*stages(TIED_BF16, 3, 3, 1), replace(TIED_BF16, pipeline=2)],
-    "tied fp32 tensor stage 3": [replace(TIED, tensor=2, stage=3), *stages(TIED, 3), replace(TIED, pipeline=2)],
-    "quantized fp32 stage 2": [replace(QUANTIZED, stage=2), replace(QUANTIZED, stage=2), replace(QUANTIZED, tensor=2)],
-    "quantized bf16": [QUANTIZED_BF16, QUANTIZED_BF16, replace(QUANTIZED_BF16, pipeline=2)],
-    "tied bf16 pipeline": [replace(TIED_BF16, pipeline=2), replace(TIED_BF16, pipeline=2), TIED_BF16, *stages(TIED_BF16, 3)],
-    "tied fp32 pipeline": [replace(TIED, pipeline=2), TIED, replace(TIED, tensor=2, sequence=True)],
-    "quantized fp32 tensor": [replace(QUANTIZED, tensor=2, sequence=True), QUANTIZED],
-    "tied bf16 tensor": [replace(TIED_BF16, tensor=2), TIED_BF16],
-    "one kv head bf16 stage 2": [Case("one_kv_head", "bf16", stage=2), Case("one_kv_head", "bf16", tensor=2)],
-}
-"""The case that saves, and those that load what it saved."""
+SAVED: dict[str, list[Run]] = {
+    "dense fp32": [two(DENSE), two(DENSE), two(DENSE, pipeline=2), two(DENSE, stage=2), two(DENSE, stage=3)],
+    "dense bf16": [two(DENSE_BF16), two(DENSE_BF16), two(DENSE_BF16, stage=2), two(DENSE_BF16, stage=3), four(DENSE_BF16, stage=3)],
+    "dense bf16 stage 2": [two(DENSE_BF16, stage=2), two(DENSE_BF16), two(DENSE_BF16, stage=3)],
+    "dense fp32 stage 3": [two(DENSE, stage=3), two(DENSE, stage=3), two(DENSE, stage=2), four(DENSE, **SP, pipeline=2)],
+    "quantized bf16 stage 3": [
+        two(QUANTIZED_BF16, stage=3), two(QUANTIZED_BF16, stage=3), two(QUANTIZED_BF16), two(QUANTIZED_BF16, stage=2),
+        two(QUANTIZED_BF16, tensor=2),
+    ],
+    "tied bf16 stage 3": [two(TIED_BF16, stage=3), two(TIED_BF16, stage=3), two(TIED_BF16), two(TIED_BF16, pipeline=2)],
+    "tied fp32 tensor stage 3": [two(TIED, tensor=2, stage=3), two(TIED, stage=3), two(TIED, pipeline=2)],
+    "quantized fp32 stage 2": [two(QUANTIZED, stage=2), two(QUANTIZED, stage=2), two(QUANTIZED, tensor=2)],
+    "quantized bf16": [two(QUANTIZED_BF16), two(QUANTIZED_BF16), two(QUANTIZED_BF16, pipeline=2)],
+    "tied bf16 pipeline": [two(TIED_BF16, pipeline=2), two(TIED_BF16, pipeline=2), two(TIED_BF16), two(TIED_BF16, stage=3)],
+    "tied fp32 pipeline": [two(TIED, pipeline=2), two(TIED), two(TIED, **SP)],
+    "quantized fp32 tensor": [two(QUANTIZED, **SP), two(QUANTIZED)],
+    "tied bf16 tensor": [two(TIED_BF16, tensor=2), two(TIED_BF16)],
+    "one kv head bf16 stage 2": [two(ONE_KV_HEAD, stage=2), two(ONE_KV_HEAD, tensor=2), four(ONE_KV_HEAD, tensor=4)],
+    "tensor and pipeline": [
+        four(QUANTIZED_BF16, **SP, pipeline=2, stage=2), four(QUANTIZED_BF16, **SP, pipeline=2, stage=2), four(QUANTIZED_BF16, tensor=4),
+        two(QUANTIZED_BF16, stage=3), two(QUANTIZED_BF16, pipeline=2),
+    ],
+    "deep pipeline": [four(DEEP, pipeline=4), four(DEEP, pipeline=4), four(DEEP, stage=3), two(DEEP, tensor=2), two(DEEP, stage=2)],
+    "deep stage 3": [four(DEEP, stage=3), four(DEEP, stage=3), four(DEEP, pipeline=4), four(DEEP, tensor=4), two(DEEP, stage=3)],
+    "tied on four": [four(TIED, pipeline=2), four(TIED, **SP, pipeline=2), four(TIED, stage=3), two(TIED, pipeline=2)],
+    "experts together": [
+        two(MOE_QUANTIZED, stage=2), two(MOE_QUANTIZED, stage=2), two(MOE_QUANTIZED, expert=2), two(MOE_QUANTIZED, pipeline=2),
+        two(MOE_QUANTIZED, **SP), four(MOE_QUANTIZED, **SP, expert=2, stage=2),
+    ],
+    "experts apart": [
+        two(MOE_BF16, expert=2), two(MOE_BF16, expert=2), two(MOE_BF16), two(MOE_BF16, expert=2, stage=2), two(MOE_BF16, pipeline=2),
+    ],
+    "experts apart stage 2": [
+        two(MOE, expert=2, stage=2), two(MOE, expert=2, stage=2), two(MOE), two(MOE, **SP), two(MOE, pipeline=2), four(MOE, expert=4),
+    ],
+    "experts and tensor": [
+        four(MOE_QUANTIZED, **SP, expert=2, stage=2), four(MOE_QUANTIZED, **SP, expert=2, stage=2),
+        four(MOE_QUANTIZED, expert=2, pipeline=2), four(MOE_QUANTIZED, expert=4), two(MOE_QUANTIZED, expert=2), two(MOE_QUANTIZED),
+    ],
+    "experts and pipeline": [
+        four(MOE_TIED_BF16, expert=2, pipeline=2), four(MOE_TIED_BF16, expert=2, pipeline=2), four(MOE_TIED_BF16, **SP, expert=2),
+        four(MOE_TIED_BF16, expert=2, stage=2), two(MOE_TIED_BF16, pipeline=2), two(MOE_TIED_BF16, stage=2),
+    ],
+    "tied experts": [two(MOE_TIED, expert=2), two(MOE_TIED, pipeline=2), two(MOE_TIED, **SP), four(MOE_TIED, expert=4, stage=2)],
+}  # fmt: skip
+"""The run that saves, and those that load what it saved."""
 LOADS = [(name, index) for name, (_, *targets) in SAVED.items() for index in range(len(targets))]
 
 
@@ -64,8 +111,17 @@ def _forget(engine) -> None:
     engine.weights_changed()
 
 
-def _everything(rank: int, root: Path) -> dict:
-    return {**{name: _save_and_load(cases, root / name) for name, cases in SAVED.items()}, "newer": _newer(root / "newer")}
+def _on(rank: int, root: Path, ranks: int) -> dict[str, dict]:
+    """Everything that is saved by so many ranks."""
+    return {name: _train_and_save(source.case, root / name) for name, (source, *_) in SAVED.items() if source.ranks == ranks}
+
+
+def _elsewhere(rank: int, root: Path, ranks: int) -> dict[tuple[str, int], dict]:
+    """Everything that is loaded by so many ranks."""
+    return {
+        (name, index): _load(target.case, root / name, steps=3 if target == SAVED[name][0] else 1)
+        for name, index in LOADS if (target := SAVED[name][1 + index]).ranks == ranks
+    }  # fmt: skip
 
 
 def _save(engine, directory: Path) -> None:
@@ -76,30 +132,28 @@ def _save(engine, directory: Path) -> None:
     checkpoint.save(engine, directory)
 
 
-def _save_and_load(cases: list[Case], directory: Path) -> dict:
-    from megatron_qsparse.parallel import checkpoint
-
-    source, *targets = cases
-    found = {"loads": []}
-    with layout(source.tensor, source.pipeline, source.sequence) as parallel:
-        engine = make_engine(source, parallel)
+def _train_and_save(case: Case, directory: Path) -> dict:
+    """The state after two steps, and the three steps after it."""
+    with case_layout(case) as parallel:
+        engine = make_engine(case, parallel)
         for step in range(2):
             take_step(engine, step)
-        found["state"] = _state(engine)
+        state = _state(engine)
         _save(engine, directory)
-        found["steps"] = [take_step(engine, step) for step in range(2, 5)]
-    for target in targets:
-        with layout(target.tensor, target.pipeline, target.sequence) as parallel:
-            engine = make_engine(target, parallel)
-            _forget(engine)
-            checkpoint.load(engine, directory)
-            state = _state(engine)
-            steps = [take_step(engine, step) for step in range(2, 5 if target == source else 3)]
-            found["loads"].append({"state": state, "steps": steps})
-    return found
+        return {"state": state, "steps": [take_step(engine, step) for step in range(2, 5)]}
 
 
-def _newer(directory: Path) -> str:
+def _load(case: Case, directory: Path, steps: int) -> dict:
+    from megatron_qsparse.parallel import checkpoint
+
+    with case_layout(case) as parallel:
+        engine = make_engine(case, parallel)
+        _forget(engine)
+        checkpoint.load(engine, directory)
+        return {"state": _state(engine), "steps": [take_step(engine, step) for step in range(2, 2 + steps)]}
+
+
+def _newer(rank: int, directory: Path) -> str:
     from megatron_qsparse.parallel import checkpoint
     from megatron_qsparse.parallel.checkpoint import snapshot
 
@@ -116,8 +170,20 @@ def _newer(directory: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(pool, tmp_path_factory) -> dict:
-    return pool.run(_everything, 2, tmp_path_factory.mktemp("checkpoints"), timeout=300)[0]
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(pool, root) -> dict[str, dict]:
+    """By name."""
+    return {name: run for ranks in (2, 4) for name, run in pool.run(_on, ranks, root, ranks, timeout=300)[0].items()}
+
+
+@pytest.fixture(scope="module")
+def loaded(pool, root, saved) -> dict[tuple[str, int], dict]:
+    """By entry of `LOADS`."""
+    return {entry: run for ranks in (2, 4) for entry, run in pool.run(_elsewhere, ranks, root, ranks, timeout=300)[0].items()}
 
 
 def _assert_equal_state(found: dict, expected: dict, tied: bool) -> None:
@@ -130,32 +196,44 @@ def _assert_equal_state(found: dict, expected: dict, tied: bool) -> None:
         assert all(tensor.any() for tensor in expected[kind].values())
 
 
-@pytest.mark.parametrize(("name", "index"), LOADS)
-def test_every_layout_gets_the_same_weights_masters_moments_and_step(results, name, index):
-    run, load = results[name], results[name]["loads"][index]
-    _assert_equal_state(load["state"], run["state"], tied=VARIANTS[SAVED[name][0].variant][0].tied_embeddings)
+def _label(entry: tuple[str, int]) -> str:
+    name, index = entry
+    target = SAVED[name][1 + index]
+    changed = [f"{field}={value}" for field in LAYOUT if (value := getattr(target.case, field)) != getattr(Case(), field)]
+    return f"{name}: {target.ranks} ranks {' '.join(changed)}".rstrip()
 
 
-@pytest.mark.parametrize(("name", "index"), [(name, index) for name, index in LOADS if SAVED[name][0] == SAVED[name][1 + index]])
-def test_the_next_steps_at_the_same_layout_keep_every_bit(results, name, index):
-    run, load = results[name], results[name]["loads"][index]
+@pytest.mark.parametrize("entry", LOADS, ids=_label)
+def test_every_layout_gets_the_same_weights_masters_moments_and_step(saved, loaded, entry):
+    name, _ = entry
+    tied = VARIANTS[SAVED[name][0].case.variant][0].tied_embeddings
+    _assert_equal_state(loaded[entry]["state"], saved[name]["state"], tied)
+
+
+@pytest.mark.parametrize("entry", [(name, index) for name, index in LOADS if SAVED[name][0] == SAVED[name][1 + index]], ids=_label)
+def test_the_next_steps_at_the_same_layout_keep_every_bit(saved, loaded, entry):
+    run, load = saved[entry[0]], loaded[entry]
     assert run["state"]["weights"].keys() == load["state"]["weights"].keys()
     assert load["steps"] == run["steps"] and len(load["steps"]) == 3
     assert all(step.applied for step in load["steps"])
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [(name, index) for name, index in LOADS if SAVED[name][0].tensor == SAVED[name][1 + index].tensor]
+    "entry", [(name, index) for name, index in LOADS if SAVED[name][0].case.tensor == SAVED[name][1 + index].case.tensor], ids=_label
 )
-def test_the_next_step_with_as_many_tensor_parallel_ranks_is_the_same(results, name, index):
+def test_the_next_step_with_as_many_tensor_parallel_ranks_is_the_same(saved, loaded, entry):
     """With another number partial sums round differently and codes near a tie flip: test_teacher_forced compares those."""
-    expected, found = results[name]["steps"][0], results[name]["loads"][index]["steps"][0]
+    name, index = entry
+    expected, found = saved[name]["steps"][0], loaded[entry]["steps"][0]
     assert found.loss == pytest.approx(expected.loss, abs=2e-6)
-    # One process rounds the sum of a tied embedding's two gradients to bf16, two stages round each of them.
-    source, target = SAVED[name][0], SAVED[name][1 + index]
-    rounded_otherwise = name.startswith("tied bf16") and source.pipeline != target.pipeline
+    source, target = SAVED[name][0].case, SAVED[name][1 + index].case
+    # One process rounds the sum of a tied embedding's two gradients to bf16, two stages round each of them. An expert rounds
+    # the gradients of those samples together that its expert-parallel ranks see together.
+    tied = "tied" in source.variant and source.pipeline != target.pipeline
+    rounded_otherwise = source.precision == "bf16" and (tied or source.expert != target.expert)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4 if rounded_otherwise else 1e-6)
 
 
-def test_a_newer_format_is_refused_in_words(results):
-    assert "format 99" in results["newer"] and "newer" in results["newer"]
+def test_a_newer_format_is_refused_in_words(pool, tmp_path):
+    told = pool.run(_newer, 2, tmp_path / "newer")[0]
+    assert "format 99" in told and "newer" in told
