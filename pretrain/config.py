@@ -122,9 +122,9 @@ class CheckpointConfig:
     """Checkpoints kept; older ones are removed after a newer one is complete."""
     asynchronous: bool = True
     """Go on training while a checkpoint is written: training waits for a copy in host memory only, about 1/data-parallel-size of
-    a rank's weights and optimizer state, which exists until the files are written (page-locked on GPUs: up to twice that, and
-    kept for the next save). false waits for the files too. The run is
-    the same bit for bit."""
+    a rank's weights and optimizer state, which exists until the files are written. On GPUs the copy is page-locked, which takes up
+    to twice that and is kept for the next save; what no rank holds whole (all weights and states at zero.stage=3) is put together
+    beside it, once more that. false waits for the files too. The run is the same bit for bit."""
     milestone_interval: int = 0
     """Steps between checkpoints of the weights alone, which are kept for ever and from which an evaluation or another run can
     start; 0 writes none."""

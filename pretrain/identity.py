@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from data_tools.manifest import Manifest
-from megatron_qsparse.config import resolve
+from megatron_qsparse.config import BitNetConfig, QSparseConfig, resolve
 from megatron_qsparse.models.accounting import projection_widths
 from megatron_qsparse.models.config import ModelConfig
 from pretrain.config import PretrainConfig, flatten
@@ -54,8 +54,21 @@ def kept(config: PretrainConfig, model: ModelConfig) -> dict[str, list[int]]:
 
 
 def differences(saved: dict[str, object], here: dict[str, object]) -> list[str]:
-    """One line for each value of the checkpoint that this run does not share; names that the checkpoint does not know are new."""
+    """One line for each value of the checkpoint that this run does not share.
+
+    A setting that the checkpoint does not know came later: its default means what was done before.
+    """
     found = [name for name, value in saved.items() if here.get(name) != value]
     # K follows from the settings: it is worth a line only where they are the same and it still differs.
     named = [name for name in found if not name.startswith("kept.")] or found
-    return [f"{name}: {saved[name]} in the checkpoint, {here.get(name)} now" for name in named]
+    lines = [f"{name}: {saved[name]} in the checkpoint, {here.get(name)} now" for name in named]
+    defaults = flatten(
+        {
+            "model": dataclasses.asdict(ModelConfig()),
+            "qsparse": dataclasses.asdict(QSparseConfig()),
+            "bitnet": dataclasses.asdict(BitNetConfig()),
+        }
+    )
+    # Unset is 0 once a preset is applied.
+    later = [name for name in here if name not in saved and name in defaults and (here[name] or None) != (defaults[name] or None)]
+    return [*lines, *(f"{name}: not known when the checkpoint was written, {here[name]} now" for name in later)]

@@ -40,7 +40,10 @@ def problems(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> 
         saved = TrainerRecord.read(checkpoint).identity
     except (ValueError, OSError) as error:
         return [f"checkpoint.start_from: {error}"]
-    network = {name: value for name, value in saved.items() if name.startswith(NETWORK) and name not in TRAINING}
     here = json.loads(json.dumps(define(config, model, manifest)))
-    found = differences(network, here)
+    found = differences(_network(saved), _network(here))
     return [f"checkpoint.start_from: {checkpoint} holds another network: {line}; restore that setting" for line in found]
+
+
+def _network(identity: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in identity.items() if name.startswith(NETWORK) and name not in TRAINING}

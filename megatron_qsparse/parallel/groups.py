@@ -1,7 +1,9 @@
 """Process groups: torch.distributed by the launcher's environment, Megatron's groups on top, and DeepSpeed's view of them."""
 
 import os
+import random
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -26,6 +28,10 @@ def initialize(parallel: ParallelConfig, device: torch.device, seed: int) -> Non
     parallel_state.initialize_model_parallel(
         parallel.tensor, parallel.pipeline, parallel.chunks, expert_model_parallel_size=parallel.expert
     )
+    # What nobody seeds would be another number in each process, and on GPUs the same in each run.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -15,7 +15,7 @@ from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
+from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind, step_of
 from pretrain.checkpoint.files import damage
 from pretrain.identity import NUMERICS_VERSION, differences, identity
 from pretrain.start import source
@@ -96,7 +96,7 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     path, state = found
     if not checkpoint.load(engine, path / STATE_NAME) and dist.get_rank() == 0:
         directory.warn(
-            f"{path} was written at another layout, or by an older version: random number generators start anew "
+            f"{path} was written at another layout or on another kind of device: random number generators start anew "
             "(nothing of this project draws from them)"
         )
     return TrainerState(**state)
@@ -147,6 +147,12 @@ def _newest(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict]
     """(path, state) of the checkpoint to go on from."""
     path = directory.newest()
     if path is None:
+        if milestones := directory.published("milestone"):
+            last = step_of(milestones[-1])
+            raise ValueError(
+                f"{directory.path} holds milestones, the last of step {last}, but no checkpoint to go on from, and a run from step 0 "
+                "would replace them: choose another output_dir (checkpoint.start_from takes a milestone's weights)"
+            )
         return None
     saved = TrainerRecord.read(path)
     if found := differences(saved.identity, json.loads(json.dumps(identity(run)))):

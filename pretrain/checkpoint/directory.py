@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from data_tools.files import sync
+from data_tools.files import make_directories, sync
 from pretrain.checkpoint.files import Record, damage, seal
 
 Kind = Literal["step", "milestone"]
@@ -35,11 +35,22 @@ class CheckpointDirectory:
         return self.path / f"{kind}_{step:08d}{PARTIAL}"
 
     def begin(self, step: int, kind: Kind = "step") -> Path:
-        """A new empty directory to write into; what interrupted saves left, at this step or another, is removed."""
+        """A new empty directory to write into; what interrupted saves left of it, and of other steps, is removed.
+
+        Raises OSError where it cannot be made; others' leftovers that cannot be removed are only warned of.
+        """
         partial = self.partial(step, kind)
-        for left in self.path.glob(f"{kind}_*{PARTIAL}"):
-            shutil.rmtree(left)
-        (partial / STATE_NAME).mkdir(parents=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        for left in self.path.glob(f"*{PARTIAL}"):
+            if left.stem.partition("_")[2] == partial.stem.partition("_")[2]:
+                # The other kind of the same save.
+                continue
+            try:
+                remove(left)
+            except OSError as error:
+                self.warn(f"{left}, of an interrupted save, could not be removed: {error}")
+        make_directories(partial / STATE_NAME)
         return partial
 
     def publish(self, partial: Path, written: Mapping[str, Record] | None = None) -> Path:
@@ -51,7 +62,12 @@ class CheckpointDirectory:
         seal(partial, written or {})
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
         replaced = _set_aside(final) if final.exists() else None
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(final)
+            raise
         sync(self.path)
         self._clean_up(final, replaced)
         return final
@@ -68,14 +84,13 @@ class CheckpointDirectory:
     def _clean_up(self, published: Path, replaced: Path | None) -> None:
         """The new checkpoint is there, whatever happens to old ones."""
         try:
-            left = [path for path in self.path.glob(f"*{REMOVED}") if path != replaced]
+            for left in self.path.glob(f"*{REMOVED}"):
+                if left != replaced:
+                    _restore_or_remove(left)
             old = self.superfluous(self.keep_last, newest=published) if kind_of(published) == "step" else []
         except OSError as error:
             self.warn(f"{self.path} could not be looked through for old checkpoints: {error}")
             return
-        for path in left:
-            # That it could not be removed was told then; or another process is at it now.
-            shutil.rmtree(path, ignore_errors=True)
         for path in filter(None, (replaced, *old)):
             try:
                 remove(path)
@@ -112,6 +127,16 @@ def remove(checkpoint: Path) -> None:
     """Take a checkpoint away; one that is removed half-way is no damaged checkpoint. One that is gone already is no error."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(checkpoint if checkpoint.name.endswith(REMOVED) else _set_aside(checkpoint))
+
+
+def _restore_or_remove(left: Path) -> None:
+    """What was set aside and is still there: whole and without a successor where a process died before it published that."""
+    original = left.with_name(left.name.removesuffix(REMOVED).rpartition(".")[0])
+    if kind_of(original) and not original.exists() and damage(left) is None:
+        left.rename(original)
+    else:
+        # That it could not be removed was told then; or another process is at it now.
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside(checkpoint: Path) -> Path:

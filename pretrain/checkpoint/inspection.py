@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,11 @@ def checkpoints(path: Path) -> list[Path]:
 def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) -> Path:
     """The checkpoint at this path, or the newest that is complete by its files' sizes. Raises NoCheckpoint.
 
+    Newest is what was written last: a run that went back to an earlier checkpoint has left milestones of later steps behind.
     warn: told of newer ones that are damaged.
     """
     found = checkpoints(path)
-    for checkpoint in sorted(found, key=lambda found: (step_of(found), kind_of(found) == "step"), reverse=True):
+    for checkpoint in sorted(found, key=_age, reverse=True):
         damage = files.damage(checkpoint)
         if damage is None:
             return checkpoint
@@ -90,6 +91,16 @@ def _summary(path: Path) -> Summary | None:
     except FileNotFoundError:
         return None
     return summary if path.is_dir() else None
+
+
+def _age(checkpoint: Path) -> tuple[datetime, int, bool]:
+    """Sorts by when it was written, to the second; of the same save the step behind the milestone."""
+    try:
+        created = datetime.fromisoformat(_created(checkpoint))
+    except (FileNotFoundError, ValueError):
+        # Removed meanwhile by a run at work.
+        created = datetime.fromtimestamp(0, UTC)
+    return created, step_of(checkpoint), kind_of(checkpoint) == "step"
 
 
 def _created(path: Path) -> str:

@@ -57,12 +57,27 @@ def _generators(root: Path) -> dict:
         found = {"restored": restored, "equal": _draw() == expected}
     with layout(tensor=2) as parallel:
         engine, anew = make_engine(replace(CASE, tensor=2), parallel), []
+        found["restored on another device"] = checkpoint.load(engine, _of_a_gpu(engine, root))
+        _draw()
         for _ in range(2):
             found["restored elsewhere"] = checkpoint.load(engine, directory)
             anew.append(_draw())
         ranks = [None, None]
         torch.distributed.all_gather_object(ranks, anew)
     return {**found, "expected": expected, "anew": ranks}
+
+
+def _of_a_gpu(engine, root: Path) -> Path:
+    """A state of this layout with the generators of a GPU, whose states are shorter."""
+    from megatron_qsparse.parallel import checkpoint
+    from megatron_qsparse.parallel.checkpoint import rng
+
+    directory, states = _alone(root, "gpu"), rng.states
+    with pytest.MonkeyPatch.context() as patch:
+        tracked = {"model-parallel-rng": torch.zeros(16, dtype=torch.uint8)}
+        patch.setattr(rng, "states", lambda device: states(device) | {"device": "cuda", "megatron": tracked})
+        checkpoint.save(engine, directory)
+    return directory
 
 
 def _background(root: Path) -> dict:
@@ -83,7 +98,7 @@ def _background(root: Path) -> dict:
             trained.set()
         while (report := saver.poll()) is None:
             take_step(engine, 20)
-        found["report"], found["idle"] = (report.waited_s, report.total_s, report.nbytes), (saver.busy, saver.poll(), saver.wait())
+        found["report"], found["idle"] = (report.waited_s, report.total_s, report.nbytes), (saver.poll(), saver.wait())
         saver.close()
         for directory in directories:
             load(engine, directory)
@@ -287,7 +302,7 @@ def test_generators_go_on_at_the_same_layout(two):
 
 def test_generators_start_anew_at_another_layout_and_that_is_told(two):
     generators = two["generators"]
-    assert generators["restored elsewhere"] is False
+    assert generators["restored elsewhere"] is False and generators["restored on another device"] is False
     (first, again), (other, _) = generators["anew"]
     assert first == again, "a function of seed, step and rank"
     assert first != generators["expected"]
@@ -309,7 +324,7 @@ def test_a_save_is_published_once_all_ranks_have_written(two):
     assert two["background"]["on disk"] == [sorted([*files, "common.pt", "metadata.json"])] * 2
     waited_s, total_s, nbytes = two["background"]["report"]
     assert 0 < waited_s < total_s and nbytes > 0
-    assert two["background"]["idle"] == (False, None, None)
+    assert two["background"]["idle"] == (None, None)
 
 
 def test_weights_come_alone_from_milestones_and_from_whole_states(two):

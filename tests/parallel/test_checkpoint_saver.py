@@ -51,22 +51,56 @@ def _failure(engine, output) -> str:
 
 
 def _lost(rank: int, directory: Path) -> str:
-    """Rank 1 waits in vain for rank 0, whose preparation ends only then."""
+    """Rank 1's thread waits in vain for rank 0's, whose preparation ends only after that."""
     from megatron_qsparse.parallel.checkpoint import Output, SaveError, Saver, saver
 
     gone = threading.Event()
     with layout() as parallel, pytest.MonkeyPatch.context() as patch:
         engine = make_engine(Case(), parallel)
         patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=2))
+        patch.setattr(saver, "GRACE_S", 0.1)
         saving = Saver(engine)
         saving.start([Output(directory=directory, prepare=gone.wait)])
-        if rank == 0:
-            dist.barrier()
-            gone.set()
+        thread = saving._task.thread
         with pytest.raises(SaveError) as caught:
             saving.wait()
+        gone.set()
+        thread.join()
+        dist.barrier()
+        saving.close()
+    return str(caught.value)
+
+
+def _alone_in_its_failure(rank: int, directory: Path) -> str:
+    """Rank 1's thread fails while shares are put together, and rank 0's waits for it."""
+    from megatron_qsparse.parallel.checkpoint import Output, SaveError, Saver, saver
+    from megatron_qsparse.parallel.checkpoint.snapshot import Snapshot
+
+    assemble, kept = Snapshot.assemble, []
+
+    def failing(snapshot, group):
+        assert snapshot.shares
         if rank == 1:
-            dist.barrier()
+            kept.append((snapshot, group))
+            raise MemoryError("no room for a tensor")
+        assemble(snapshot, group)
+
+    with layout() as parallel, pytest.MonkeyPatch.context() as patch:
+        engine = make_engine(Case(stage=3), parallel)
+        patch.setattr(Snapshot, "assemble", failing)
+        patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=5))
+        patch.setattr(saver, "GRACE_S", 0.1)
+        saving = Saver(engine)
+        saving.start([Output(directory=directory)])
+        thread = saving._task.thread
+        with pytest.raises(SaveError) as caught:
+            while True:
+                saving.poll()
+        # Let rank 0's thread go on, to its next wait, which it gives up.
+        for snapshot, group in kept:
+            assemble(snapshot, group)
+        thread.join()
+        dist.barrier()
         saving.close()
     return str(caught.value)
 
@@ -165,8 +199,15 @@ def test_whatever_escapes_from_a_save_is_reported(found, root):
 
 
 def test_a_failure_of_the_threads_own_communication_names_the_directory(pool, tmp_path):
-    for told in pool.run(_lost, 2, tmp_path):
-        assert told.startswith(f"{tmp_path} was not written: RuntimeError: "), told
+    waiting, found = pool.run(_lost, 2, tmp_path)
+    assert found.startswith(f"{tmp_path} was not written: RuntimeError: "), found
+    assert waiting == f"{tmp_path} was not written: another rank failed and says why"
+
+
+def test_a_thread_that_fails_alone_ends_the_save_on_every_rank(pool, tmp_path):
+    first, second = pool.run(_alone_in_its_failure, 2, tmp_path)
+    assert first == f"{tmp_path} was not written: another rank failed and says why"
+    assert second == f"{tmp_path} was not written: MemoryError: no room for a tensor"
 
 
 def test_every_byte_of_the_writers_files_was_synced(found):

@@ -52,13 +52,18 @@ def _record(rank: int, folder: Path) -> list[tuple[str, Path]]:
 
 
 def test_files_then_folders_are_synced_before_the_rename_and_the_parent_after_it(tmp_path):
-    [events] = run_distributed(_record, 1, tmp_path)
-    directory = CheckpointDirectory(tmp_path, keep_last=1)
+    folder = tmp_path / "run" / "checkpoints"
+    [events] = run_distributed(_record, 1, folder)
+    directory = CheckpointDirectory(folder, keep_last=1)
     partial, published = directory.partial(STEPS[0]), directory.newest()
     end = events.index(("rename", published))
     assert events[end + 1 :] == [("sync", directory.path)]
     # torch writes .metadata beside its name, where it is synced, and renames it.
-    synced = [path.with_name(".metadata") if path.name == ".metadata.tmp" else path for kind, path in events[:end] if kind == "sync"]
+    made = [tmp_path, tmp_path / "run", folder, partial]
+    assert events[: len(made)] == [("sync", path) for path in made], "each folder's entry in the one above it"
+    synced = [
+        path.with_name(".metadata") if path.name == ".metadata.tmp" else path for kind, path in events[len(made) : end] if kind == "sync"
+    ]
     files = {partial / path.relative_to(published) for path in published.rglob("*") if path.is_file()}
     assert len(files) == 6 and set(synced[:-2]) == files
     assert synced[-2:] == [partial / STATE_NAME, partial], "a folder keeps the names that are in it by then"

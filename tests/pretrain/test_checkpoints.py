@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from pretrain.callbacks.checkpointing import _newest
 from pretrain.checkpoint.directory import CheckpointDirectory, remove, step_of
 from pretrain.checkpoint.files import FILES_NAME, damage
+from pretrain.checkpoint.inspection import one_checkpoint
 
 
 class Warnings(list):
@@ -220,6 +222,57 @@ def test_milestones_are_not_pruned_nor_taken_for_checkpoints(directory):
 def test_a_begun_milestone_and_a_begun_step_leave_each_other_alone(directory):
     step, milestone = directory.begin(10), directory.begin(10, "milestone")
     assert step.is_dir() and milestone.is_dir() and step != milestone
+
+
+def test_what_interrupted_saves_left_is_removed_whatever_its_kind(directory):
+    """A disk that a milestone has filled would stay full."""
+    left = directory.begin(20, "milestone")
+    directory.begin(30)
+    assert not left.exists()
+
+
+def test_leftovers_that_cannot_be_removed_do_not_stop_a_save():
+    with without_root() as folder:
+        directory = CheckpointDirectory(folder, keep_last=1, warn=Warnings())
+        left = directory.begin(10)
+        (left / "state" / "part_0.bin").write_text("half")
+        (left / "state").chmod(0o555)
+        assert directory.newest() is None and _publish(directory, 20) == directory.newest()
+        assert len(directory.warn) == 1 and f"{left}, of an interrupted save, could not be removed: " in directory.warn[0]
+        next(folder.glob("step_00000010.*/state")).chmod(0o755)
+
+
+def test_one_that_is_replaced_is_not_lost_where_its_successor_cannot_be_published(directory, monkeypatch):
+    old, rename = _publish(directory, 10, "old"), Path.rename
+
+    def failing(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError("no such luck")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="no such luck"):
+            _publish(directory, 10, "new")
+    assert directory.newest() == old and (old / "state/part_0.bin").read_text() == "old"
+    # A process that died in between leaves it aside; the next save brings it back.
+    old.rename(old.with_name(f"{old.name}.0123abcd.removed"))
+    _publish(directory, 20)
+    assert directory.complete()[0] == old and [path.name for path in directory.path.iterdir() if "removed" in path.name] == []
+
+
+def test_the_newest_is_what_was_written_last(directory):
+    """Not the milestone of a later step, which a run left behind that went back to an earlier checkpoint."""
+    abandoned, step = _publish(directory, 40, kind="milestone"), _publish(directory, 30)
+    listing = json.loads((abandoned / FILES_NAME).read_text())
+    (abandoned / FILES_NAME).write_text(json.dumps(listing | {"created": "2026-01-01T00:00:00+01:00"}))
+    assert one_checkpoint(directory.path) == step.resolve()
+
+
+def test_milestones_alone_are_not_started_over(directory):
+    _publish(directory, 40, kind="milestone")
+    with pytest.raises(ValueError, match="the last of step 40, but no checkpoint to go on from.*choose another output_dir"):
+        _newest(directory, None)
 
 
 def test_what_the_writers_know_is_not_read_again_but_compared(directory):

@@ -79,3 +79,9 @@ def test_another_tokenizer_is_told(shards):
     assert differences(_saved(run), _saved(other)) == [
         f"data.tokenizer: {run.manifest.tokenizer_sha256} in the checkpoint, {'0' * 64} now"
     ]  # fmt: skip
+
+
+def test_a_setting_that_came_after_the_checkpoint_must_mean_what_was_done_before(shards):
+    run = _saved(_validated(shards, "--bitnet.subln", "true", *SPARSE))
+    older = {name: value for name, value in run.items() if name not in ("bitnet.subln", "qsparse.rescale", "model.num_experts")}
+    assert differences(older, run) == ["bitnet.subln: not known when the checkpoint was written, True now"]

@@ -20,11 +20,11 @@ from megatron_qsparse.parallel.zero import ZeroEngine
 def load(engine: ZeroEngine, directory: Path) -> bool:
     """Read everything that `save` wrote, at whatever layout. Collective.
 
-    Returns whether the random number generators go on where they were: True at the layout that saved (its ZeRO stage apart),
-    False where they start anew from the seed and the step. Raises ValueError where the state is newer than this code, of
-    another model, or holds weights only.
+    Returns whether the random number generators go on where they were: True at the layout that saved (its ZeRO stage apart) and on
+    its kind of device, False where they start anew from the seed and the step. Raises ValueError where the state is newer than
+    this code, of another model, or holds weights only.
     """
-    reader = Reader(directory)
+    reader = _open(directory)
     if reader.weights_only:
         raise ValueError(f"{directory} holds weights only: a run can start from them (load_weights), but not be resumed")
     found = places(engine.model)
@@ -48,7 +48,7 @@ def load_weights(target: ZeroEngine | nn.Module, directory: Path) -> None:
     model each rank reads for itself, so that some may and others need not. Stored weights of another precision are converted. Raises
     ValueError where they are of another model, or newer than this code.
     """
-    reader = Reader(directory)
+    reader = _open(directory) if isinstance(target, ZeroEngine) else Reader(directory)
     model = target.model if isinstance(target, ZeroEngine) else target
     found = places(model)
     problems = _problems(reader, found, ("",))
@@ -67,6 +67,17 @@ def load_weights(target: ZeroEngine | nn.Module, directory: Path) -> None:
             part = part_of(target, spread, kind)
             part.copy_(_own_weights(target, spread)) if kind == "fp32" else part.zero_()
     target.weights_changed()
+
+
+def _open(directory: Path) -> Reader:
+    """Collective: where one rank cannot open the state, say for want of a mount, all raise, with that rank's reason."""
+    reader, reason = None, []
+    try:
+        reader = Reader(directory)
+    except (ValueError, OSError) as error:
+        reason.append(str(error))
+    _refuse(_of_all_ranks(reason))
+    return reader
 
 
 def _problems(reader: Reader, found: Iterable[Place], prefixes: Iterable[str]) -> list[str]:
@@ -129,8 +140,7 @@ def _own_weights(engine: ZeroEngine, spread: Spread) -> torch.Tensor:
 def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:
     saved, here = reader.common.get("layout"), layout(engine)
     same = saved is not None and all(saved[name] == here[name] for name in here if name != "zero_stage")
-    if same:
-        rng.restore(reader.read_object("rng", dist.get_rank(), dist.get_world_size()))
-    else:
-        rng.start_anew(reader.common.get("seed", 0), reader.common["adam_step"])
-    return same
+    if same and rng.restore(reader.read_object("rng", dist.get_rank(), dist.get_world_size()), engine.device):
+        return True
+    rng.start_anew(reader.common.get("seed", 0), reader.common["adam_step"])
+    return False

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 
-def states() -> dict:
-    """Of this process; picklable."""
+def states(device: torch.device) -> dict:
+    """Of this process; picklable. device: that of the model, whose generators Megatron's tracker holds."""
     return {
+        "device": device.type,
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -24,14 +25,17 @@ def states() -> dict:
     }
 
 
-def restore(saved: dict) -> None:
-    """Go on from `states()` of the same rank of the same layout."""
+def restore(saved: dict, device: torch.device) -> bool:
+    """Go on from `states` of the same rank of the same layout; False, and nothing done, where those are of another kind of device."""
+    if saved.get("device") != device.type:
+        return False
     random.setstate(saved["python"])
     np.random.set_state(saved["numpy"])
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(saved["megatron"])
+    return True
 
 
 def start_anew(seed: int, step: int) -> None:

@@ -26,6 +26,10 @@ GROUP_TIMEOUT = timedelta(hours=2)
 """A rank may be that much slower in writing than another; a rank that died is noticed at once."""
 NICENESS = 10
 """Of the writing threads: about a tenth of a core that training wants for itself, and all of an idle one."""
+LONGEST_PAUSE_S = 0.1
+"""Between two looks at whether the threads of all ranks have ended, while training waits for them."""
+GRACE_S = 5.0
+"""Where one rank's thread has failed: how long the others may take to learn of it."""
 
 
 class SaveError(RuntimeError):
@@ -144,11 +148,6 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         self._task: _Task | None = None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save was started whose end nobody has asked for; the same on all ranks."""
-        return self._task is not None
-
     def start(self, outputs: Sequence[Output]) -> None:
         """Copy the state and write it in the background, into one directory after the other. Waits for the save before it.
 
@@ -165,22 +164,34 @@ class Saver:
     def poll(self) -> SaveReport | None:
         """The report of a save that has ended on all ranks since the last call; None while it is under way or where there is none.
 
-        Collective where `busy`: one all-reduce of a number. Raises SaveError where the save failed.
+        Collective where a save was started: one all-reduce of two numbers. Raises SaveError, on all ranks, where it failed on any.
         """
-        if self._task is None:
+        task = self._task
+        if task is None:
             return None
-        ended = torch.tensor(int(not self._task.thread.is_alive()), dtype=torch.int32, device=self._engine.device)
-        dist.all_reduce(ended, op=dist.ReduceOp.MIN)
-        return self._take() if ended.item() else None
+        alive = task.thread.is_alive()
+        failed = not alive and task.error is not None
+        flags = torch.tensor([alive, failed], dtype=torch.int32, device=self._engine.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        anywhere_alive, anywhere_failed = flags.tolist()
+        if anywhere_failed:
+            self._fail()
+        if anywhere_alive:
+            return None
+        self._task = None
+        return task.report
 
     def wait(self) -> SaveReport | None:
-        """Wait for the save under way; its report, or None where there is none. Raises SaveError where it failed."""
-        if self._task is None:
+        """Wait for the save under way; its report, or None where there is none. Collective and raising like `poll`."""
+        task, started, pause = self._task, time.perf_counter(), LONGEST_PAUSE_S / 64
+        if task is None:
             return None
-        started = time.perf_counter()
-        self._task.thread.join()
-        self._task.report.waited_s += time.perf_counter() - started
-        return self._take()
+        report = None
+        while report is None:
+            task.thread.join(pause)
+            report, pause = self.poll(), min(2 * pause, LONGEST_PAUSE_S)
+        report.waited_s += time.perf_counter() - started
+        return report
 
     def finish(self, timeout_s: float) -> str | None:
         """After a failure of this rank: give the save under way this long, and say what became of it; None where there is none.
@@ -200,11 +211,13 @@ class Saver:
         """Give the process group back. Collective."""
         dist.destroy_process_group(self._group)
 
-    def _take(self) -> SaveReport:
+    def _fail(self) -> None:
+        """A thread that fails while shares are put together cannot tell the others: they would wait for it until `GROUP_TIMEOUT`."""
         task, self._task = self._task, None
-        if task.error is not None:
-            raise SaveError(str(task.error)) from task.error
-        return task.report
+        task.thread.join(GRACE_S)
+        if task.thread.is_alive() or task.error is None:
+            raise SaveError(f"{_names(task.report.outputs)} was not written: another rank failed and says why")
+        raise SaveError(str(task.error)) from task.error
 
 
 def save(engine: ZeroEngine, directory: Path, weights_only: bool = False) -> None:

@@ -83,7 +83,7 @@ class Copier:
         if optimizer:
             create_adam_state(engine, adam_step(engine))
             world, rank = dist.get_world_size(), dist.get_rank()
-            taken.objects.append(ShardedObject("rng", rng.states(), (world,), (rank,)))
+            taken.objects.append(ShardedObject("rng", rng.states(engine.device), (world,), (rank,)))
         # Kind by kind: the writers change from parameter to parameter, and so, as shares are put together, what a rank receives
         # stays near what it lets go. All kinds of one parameter in turn need half a tensor more for each kind.
         for kind in (WEIGHT, *STATES) if optimizer else (WEIGHT,):

@@ -68,18 +68,19 @@ class Spread:
 
     def scatter(self, whole: torch.Tensor | None, part: torch.Tensor) -> None:
         """The inverse of `gather`: fill `part` on every rank from the writer's flat tensor. Collective over the group."""
+        messages = []
         if not self.is_writer:
             if self.span[1]:
-                dist.recv(part, self._global_rank(self.writer), group=self.group)
-            return
-        whole = whole.to(part.device)
-        sending = []
-        for rank, (start, length) in enumerate(self.spans):
-            if rank == self.writer:
-                part.copy_(whole.narrow(0, start, length))
-            elif length:
-                sending.append(dist.isend(whole.narrow(0, start, length), self._global_rank(rank), group=self.group))
-        for request in sending:
+                messages.append(dist.P2POp(dist.irecv, part, self._global_rank(self.writer), self.group))
+        else:
+            whole = whole.to(part.device)
+            for rank, (start, length) in enumerate(self.spans):
+                if rank == self.writer:
+                    part.copy_(whole.narrow(0, start, length))
+                elif length:
+                    messages.append(dist.P2POp(dist.isend, whole.narrow(0, start, length), self._global_rank(rank), self.group))
+        # As one batch: single messages would make NCCL keep a communicator for every pair of ranks.
+        for request in dist.batch_isend_irecv(messages) if messages else ():
             request.wait()
 
     def broadcast(self, tensor: torch.Tensor) -> None:
