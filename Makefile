@@ -51,6 +51,7 @@ gpu-smoke: install ## 20 steps of tiny models on one GPU over NCCL against the C
 bench: install ## the figures of the README: tokenization, loader, training throughput, checkpoints
 	@$(PY) -m data_tools.benchmark
 	@$(PY) -m pretrain.benchmark
+	@$(PY) -m pretrain.benchmark --modes --tensor 2
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove the environments and the quickstart's output

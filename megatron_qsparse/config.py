@@ -207,7 +207,7 @@ def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], num_layers: 
             return [f"qsparse.rescale={qsparse.rescale} has no effect where nothing is sparse: lower qsparse.keep or leave it out"]
         return []
     found = []
-    if qsparse.mode == "groups" and qsparse.groups % tensor_parallel:
+    if qsparse.mode == "groups" and qsparse.groups % tensor_parallel and sparse.keys() & set(ROW_PROJECTIONS):
         found.append(f"qsparse.groups={qsparse.groups} is not a multiple of parallel.tensor={tensor_parallel}; groups are part of the "
                      "model, so choose them before training for the largest tensor-parallel size you will use")  # fmt: skip
     for projection, width in sparse.items():

@@ -1,5 +1,6 @@
 """What must happen before torch, Megatron or DeepSpeed are imported."""
 
+import logging
 import os
 import warnings
 
@@ -14,3 +15,5 @@ def prepare(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron|torch|deepspeed")
+    # megatron-core 0.19 says for every model that GPTModel gets no new features (gpt_model.py line 118 in 0.19.2).
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())

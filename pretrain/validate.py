@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from data_tools.errors import ManifestError
 from data_tools.manifest import Manifest
 from megatron_qsparse.config import problems as sparsity_problems
-from megatron_qsparse.models.accounting import projection_widths
+from megatron_qsparse.models.accounting import projection_shapes, projection_widths
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
 from pretrain.config import FORMAT_VERSION, PretrainConfig
@@ -199,6 +199,9 @@ def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
             found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={parallel.tensor}")
     if model.num_query_groups % parallel.tensor and parallel.tensor % model.num_query_groups:
         found.append(f"model.num_query_groups={model.num_query_groups} and parallel.tensor={parallel.tensor}: one must divide the other")
+    elif (outputs := projection_shapes(model)["attention.qkv"][0]) % parallel.tensor:
+        found.append(f"{outputs} outputs of attention.qkv (model.num_attention_heads={model.num_attention_heads}, model.num_query_groups="
+                     f"{model.num_query_groups}) are not divisible by parallel.tensor={parallel.tensor}")  # fmt: skip
     if model.num_layers % parallel.pipeline:
         found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
     elif parallel.pipeline > 1 and model.num_layers % (parallel.pipeline * max(1, parallel.virtual_pipeline)):
@@ -207,7 +210,8 @@ def _model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
                      f"parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks")  # fmt: skip
     if model.tied_embeddings and parallel.pipeline > 1 and config.zero.stage == 2:
         found.append(f"zero.stage=2 cannot tie embeddings over parallel.pipeline={parallel.pipeline} stages "
-                     "(model.tied_embeddings=true): use zero.stage=1")  # fmt: skip
+                     "(model.tied_embeddings=true): it has scattered the gradients of the two copies before they can be added; "
+                     "use zero.stage=1")  # fmt: skip
     return found + sparsity_problems(config.qsparse, config.bitnet, projection_widths(model), model.num_layers, parallel.tensor)
 
 
@@ -221,9 +225,9 @@ def _expert_problems(config: PretrainConfig, model: ModelConfig, world_size: int
                 f"parallel.moe_token_dispatcher={parallel.moe_token_dispatcher} has no effect with model.num_experts=0: leave it out"
             )
         return found
-    if config.zero.stage == 3:
-        found.append(f"zero.stage=3 is not supported with model.num_experts={experts}: DeepSpeed refuses experts that are spread over "
-                     "ranks at that stage; use 1 or 2")  # fmt: skip
+    if config.zero.stage == 3 and parallel.expert > 1:
+        found.append(f"zero.stage=3 is not supported with parallel.expert={parallel.expert}: DeepSpeed refuses experts that are spread "
+                     "over ranks at that stage; use zero.stage=1 or 2, or parallel.expert=1")  # fmt: skip
     if parallel.tensor > 1 and not parallel.sequence:
         found.append(f"parallel.sequence=false with parallel.tensor={parallel.tensor} and model.num_experts={experts}: tensor-parallel "
                      "ranks would route the same tokens, so set parallel.sequence=true")  # fmt: skip

@@ -101,6 +101,8 @@ def test_blocks_fit():
 
 def test_groups_are_of_no_concern_to_a_dense_model():
     assert not _problems(3, groups=7)
+    # Nor where only inputs that every rank holds whole are sparse.
+    assert not _problems(3, recipe=[RecipeRule(match="*.qkv", keep=0.5)])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_groups_are_of_no_concern_to_a_dense_model():
         ({"keep": 0.5, "groups": 0}, 1, ["qsparse.groups=0"]),
         ({"keep": 0.5, "groups": 8}, 3, ["qsparse.groups=8", "parallel.tensor=3"]),
         ({"keep": 0.5, "groups": 128}, 1, ["qsparse.groups=128", "704", "mlp.down"]),
-        ({"recipe": [RecipeRule(match="*.qkv", keep=0.5)], "groups": 8}, 3, ["qsparse.groups=8"]),
+        ({"recipe": [RecipeRule(match="*.proj", keep=0.5)], "groups": 8}, 3, ["qsparse.groups=8"]),
         ({"keep": 0.5, "mode": "block", "block_m": 48}, 1, ["qsparse.block_m=48", "256", "attention.qkv"]),
         ({"rescale": "l2"}, 1, ["qsparse.rescale=l2", "nothing is sparse"]),
         ({"keep": 0.5, "mode": "block"}, 4, ["qsparse.block_m=32", "704/4", "mlp.down"]),

@@ -179,14 +179,3 @@ def _use_eager_router() -> None:
 
     method = TopKRouter._apply_expert_bias
     TopKRouter._apply_expert_bias = getattr(method, "_torchdynamo_orig_callable", method)
-
-
-@contextlib.contextmanager
-def without(name: str) -> Iterator[None]:
-    """Run with one entry of `PATCHES` undone: a test holds that it is still needed."""
-    module = importlib.import_module(name)
-    module.torch = torch
-    try:
-        yield
-    finally:
-        module.torch = _VIEW

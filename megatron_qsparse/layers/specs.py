@@ -4,12 +4,13 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
+from megatron_qsparse.compat.megatron import mlp_spec
 from megatron_qsparse.config import ROW_PROJECTIONS, BitNetConfig, QSparseConfig, resolve
 from megatron_qsparse.layers.attention import SDPAttention
 from megatron_qsparse.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
@@ -58,7 +59,7 @@ def _layer_spec(config: TransformerConfig, layer: int, qsparse: QSparseConfig, b
     if experts:
         mlp = moe_spec(linear, shared=shared_width is not None)
     else:
-        mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
+        mlp = mlp_spec(MLPSubmodules(linear_fc1=linear("mlp.gate_up"), linear_fc2=linear("mlp.down")))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

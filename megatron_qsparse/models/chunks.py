@@ -30,8 +30,3 @@ class PipelineChunks(nn.Module):
             own = chunk.sharded_state_dict(sharded_offsets=sharded_offsets, metadata=metadata)
             state |= {f"{prefix}chunks.{index}.{name}": value for name, value in own.items()}
         return state
-
-
-def chunks_of(model: nn.Module) -> list[GPTModel]:
-    """The GPTModels that a stage's model consists of; one where the schedule is not interleaved."""
-    return list(model.chunks) if isinstance(model, PipelineChunks) else [model]

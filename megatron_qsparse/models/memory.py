@@ -7,8 +7,8 @@ from megatron_qsparse.config import BitNetConfig, QSparseConfig, resolve
 from megatron_qsparse.models.accounting import copies_per_token, expert_copies, parameters, projection_shapes
 from megatron_qsparse.models.config import ModelConfig
 
-Precision = Literal["bf16", "fp16", "fp32"]
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+Precision = Literal["bf16", "fp32"]
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 OPTIMIZER_BYTES = 12
 """Per parameter: fp32 master weight and Adam's two moments. DeepSpeed keeps the master copy in fp32 training as well."""
 
@@ -60,7 +60,8 @@ def memory_per_rank(
 ) -> Memory:  # fmt: skip
     """Memory of the rank that needs most, which is on the first or the last pipeline stage.
 
-    weights: in `precision`. gradients: fp32 accumulation buffers. optimizer: `OPTIMIZER_BYTES`. codes: one byte for each
+    weights: in `precision`. gradients: fp32 accumulation buffers, and in bf16 at stage 1 the gradients of one micro-batch in bf16
+    beside them (DeepSpeed's BF16_Optimizer adds them up after each backward). optimizer: `OPTIMIZER_BYTES`. codes: one byte for each
     parameter of a quantized projection, none with ZeRO-3, which makes them anew at each use. activations: an estimate of what
     autograd keeps, without allocator slack or communication buffers; stage s of p holds p - s micro-batches (1F1B), and with v
     chunks a stage those of (v - 1)p + 2(p - s - 1) + 1 chunks. Experts are taken as equally loaded.
@@ -122,7 +123,7 @@ def _stage_memory(
     sharded = held / layout.data + held_experts / (layout.data / layout.expert)
     return Memory(
         weights=(sharded if partitioned else held + held_experts) * element,
-        gradients=4 * (sharded if layout.zero_stage >= 2 else held + held_experts),
+        gradients=4 * sharded if layout.zero_stage >= 2 else (held + held_experts) * (4 + (element if precision == "bf16" else 0)),
         optimizer=sharded * OPTIMIZER_BYTES,
         codes=0 if partitioned else codes,
         gathered=min(held + held_experts, GATHERED_ELEMENTS) * element if partitioned else 0,
@@ -171,6 +172,12 @@ def _layer_activation_bytes(model: ModelConfig, layout: Layout, settings: dict, 
         sharded += chosen * (4 * ffn * element + ffn * operand[f"{name}down"])
         if settings[f"{name}down"].subln:
             sharded += chosen * ffn * element
+        if expert:
+            # What the router's probability multiplies: the input of down, or its output, whole on every rank.
+            if settings[f"{name}down"].subln:
+                kept += chosen * hidden * element
+            else:
+                sharded += chosen * ffn * element
     if model.num_experts:
         # The router's input, and its logits, scores and probabilities in fp32.
         kept += (hidden * element + 3 * 4 * model.num_experts) / whole

@@ -10,11 +10,8 @@ from megatron.core import parallel_state
 from torch import nn
 
 
-def install_sequence_parallel_hooks(model: nn.Module) -> int:
-    """Sum gradients of parameters whose input is split along the sequence (norm weights) over the tensor-parallel ranks.
-
-    Returns the number of parameters hooked.
-    """
+def install_sequence_parallel_hooks(model: nn.Module) -> None:
+    """Sum gradients of parameters whose input is split along the sequence (norm weights) over the tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
 
     def all_reduce(grad: torch.Tensor) -> torch.Tensor:
@@ -22,10 +19,9 @@ def install_sequence_parallel_hooks(model: nn.Module) -> int:
         dist.all_reduce(grad, group=group)
         return grad
 
-    params = [p for p in model.parameters() if getattr(p, "sequence_parallel", False)]
-    for param in params:
-        param.register_hook(all_reduce)
-    return len(params)
+    for param in model.parameters():
+        if getattr(param, "sequence_parallel", False):
+            param.register_hook(all_reduce)
 
 
 def shared_embedding(model: nn.Module) -> nn.Parameter | None:

@@ -10,6 +10,7 @@ from tests.parallel.teacher import whole_weights
 
 LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2-sp": (2, True), "tp4": (4, False), "tp4-sp": (4, True)}
 COLUMNS = {"qkv": "self_attention.linear_qkv", "gate_up": "mlp.linear_fc1"}
+ROWS = {"proj": "self_attention.linear_proj", "down": "mlp.linear_fc2"}
 VARIANTS = ("bitnet_groups_subln", "one_kv_head")
 
 
@@ -74,6 +75,30 @@ def _column_results(variant: str, parallel, weights, dtype) -> dict[str, tuple[t
     return found
 
 
+def _row_results(parallel, weights, dtype) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Per Row linear of a quantized model without SubLN: whole output, alphas and weight gradient, from one whole input."""
+    from megatron.core import parallel_state
+
+    from megatron_qsparse.layers.ternary import TernaryWeights
+
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    model, found = build("one_kv_head", parallel, dtype), {}
+    load(model, weights)
+    TernaryWeights(model.modules())
+    for name, path in ROWS.items():
+        linear = model.decoder.layers[0].get_submodule(path)
+        x = _input(SEQUENCE, 2, linear.input_size, seed=3, dtype=dtype).chunk(ranks, dim=-1)[rank].clone().requires_grad_()
+        y, _ = linear(x)
+        whole = _input(SEQUENCE, 2, 64, seed=4, dtype=dtype)
+        y.backward(whole.chunk(ranks)[rank] if parallel.sequence else whole)
+        shards = [None] * ranks
+        mine = (y.detach(), linear.ternary.alpha.clone(), linear.weight.grad)
+        dist.all_gather_object(shards, mine, group=parallel_state.get_tensor_model_parallel_group())
+        outputs, alphas, gradients = zip(*shards, strict=True)
+        found[name] = (torch.cat(outputs) if parallel.sequence else outputs[0], alphas[0], join(list(gradients), linear.weight))
+    return found
+
+
 def _everything(rank: int) -> dict:
     found = {}
     with layout():
@@ -84,6 +109,7 @@ def _everything(rank: int) -> dict:
                 found["dense", name, dtype] = _dense_pairs(parallel, dtype)
                 for variant in VARIANTS:
                     found[variant, name, dtype] = _column_results(variant, parallel, weights[variant], dtype)
+                found["rows", name, dtype] = _row_results(parallel, weights["one_kv_head"], dtype)
     return found
 
 
@@ -109,6 +135,18 @@ def test_outputs_alphas_and_weight_gradients_of_column_linears_keep_every_bit(re
             assert expected.any() and torch.equal(found, expected), (projection, what)
         # The matrices differ in scale, so a row with a neighbour's alpha would show.
         assert len(one[projection][1].unique()) == {"qkv": 3, "gate_up": 2}[projection]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "tp4", "tp4-sp"])
+def test_alphas_and_weight_gradients_of_row_linears_keep_every_bit(results, name, dtype):
+    """Their outputs are sums over ranks, equal to rounding."""
+    one, many = results[0]["rows", "tp1", dtype], results[0]["rows", name, dtype]
+    for projection in ROWS:
+        for what, expected, found in zip(("alpha", "weight gradient"), one[projection][1:], many[projection][1:], strict=True):
+            assert expected.any() and torch.equal(found, expected), (projection, what)
+        expected, found = one[projection][0], many[projection][0]
+        assert (found - expected).abs().max() <= expected.abs().max() * (1e-6 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_quantized_linear_refuses_what_it_would_ignore(alone):

@@ -13,11 +13,11 @@ from tests.models.shapes import DENSE, DOWN, EXPERT, GATE_UP, LINEAR, MISTRAL, M
 def test_memory_of_one_rank_by_hand():
     memory = memory_per_rank(SMALL, Layout(), *DENSE, precision="bf16", micro_batch_size=2, sequence_length=5)
     total = parameters(SMALL).total
-    assert (memory.weights, memory.gradients, memory.optimizer, memory.codes) == (2 * total, 4 * total, 12 * total, 0)
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.codes) == (2 * total, (4 + 2) * total, 12 * total, 0)
     # Per token and layer: 2 norm inputs, qkv and gate_up inputs, q k v and log-sum-exp, attention output, five GLU tensors.
     layer = 2 * 8 * 2 + 2 * 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 5 * 12 * 2
     assert memory.activations == 10 * (3 * layer + 10 * (2 + 4))
-    assert memory.total == 18 * total + memory.activations
+    assert memory.total == 20 * total + memory.activations
 
 
 def test_memory_is_sharded_by_data_parallelism():
@@ -25,7 +25,7 @@ def test_memory_is_sharded_by_data_parallelism():
         return memory_per_rank(SMALL, Layout(data=4, zero_stage=stage), *DENSE, "bf16", 1, 5)
 
     total = parameters(SMALL).total
-    assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2 * total, 4 * total, 12 * total / 4)
+    assert (of(1).weights, of(1).gradients, of(1).optimizer) == (2 * total, 6 * total, 12 * total / 4)
     assert (of(2).weights, of(2).gradients, of(2).optimizer) == (2 * total, 4 * total / 4, 12 * total / 4)
     assert (of(3).weights, of(3).gradients, of(3).optimizer) == (2 * total / 4, 4 * total / 4, 12 * total / 4)
     assert of(1).gathered == of(2).gathered == 0
@@ -97,7 +97,7 @@ def test_memory_of_experts_is_sharded_over_their_ranks():
     experts = 3 * 4 * (sum(EXPERT) + 6)
     rest = parameters(MIXTURE, subln=True).total - experts
     one, four = of(), of(data=4, expert=2, zero_stage=2)
-    assert (one.weights, one.gradients, one.optimizer) == (2 * (rest + experts), 4 * (rest + experts), 12 * (rest + experts))
+    assert (one.weights, one.gradients, one.optimizer) == (2 * (rest + experts), 6 * (rest + experts), 12 * (rest + experts))
     assert four.weights == 2 * (rest + experts / 2)
     # Two ranks hold the same experts and share their optimizer states.
     assert four.optimizer == 12 * (rest / 4 + experts / 2 / 2) and four.gradients == four.optimizer / 3
@@ -109,8 +109,9 @@ def test_memory_of_experts_is_sharded_over_their_ranks():
 
 def test_activations_of_experts_by_hand():
     memory = memory_per_rank(MIXTURE, Layout(), *DENSE, precision="bf16", micro_batch_size=2, sequence_length=5)
-    # As for a dense model, but two experts of 6 and the shared one of 10, each with its input; the router's input and 3 x 4 in fp32.
-    layer = 2 * 8 * 2 + 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * (8 * 2 + 5 * 6 * 2) + (8 * 2 + 5 * 10 * 2) + 8 * 2 + 3 * 4 * 4
+    # As for a dense model, but two experts of 6, with what the probability multiplies, and the shared one of 10, each with its input;
+    # the router's input and 3 x 4 in fp32.
+    layer = 2 * 8 * 2 + 8 * 2 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * (8 * 2 + 6 * 6 * 2) + (8 * 2 + 5 * 10 * 2) + 8 * 2 + 3 * 4 * 4
     assert memory.activations == 10 * (3 * layer + 10 * (2 + 4))
 
 

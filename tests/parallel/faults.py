@@ -87,7 +87,7 @@ def _rows_by_local_index(patch) -> None:
 def _no_sequence_parallel_hook(patch) -> None:
     from megatron_qsparse.parallel import zero
 
-    patch.setattr(zero, "install_sequence_parallel_hooks", lambda model: 0)
+    patch.setattr(zero, "install_sequence_parallel_hooks", lambda model: None)
 
 
 def _stale_alpha(patch) -> None:

@@ -140,13 +140,12 @@ def global_names(model) -> dict[str, torch.nn.Parameter]:
     """Parameters by the name they have in a model that is not cut into pipeline stages and holds all experts."""
     from megatron.core import parallel_state
 
-    from megatron_qsparse.models.chunks import chunks_of
-
     local = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * local
     experts = {f".local_experts.{i}.": f".local_experts.{first + i}." for i in range(local)}
     named = {}
-    for chunk in chunks_of(model):
+    # Several GPTModels where the schedule is interleaved.
+    for chunk in getattr(model, "chunks", [model]):
         layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(chunk.decoder.layers)}
         for name, param in chunk.named_parameters():
             for numbers in (layers, experts):

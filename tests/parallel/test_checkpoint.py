@@ -88,6 +88,10 @@ SAVED: dict[str, list[Run]] = {
         four(MOE_TIED_BF16, expert=2, pipeline=2), four(MOE_TIED_BF16, expert=2, pipeline=2), four(MOE_TIED_BF16, **SP, expert=2),
         four(MOE_TIED_BF16, expert=2, stage=2), two(MOE_TIED_BF16, pipeline=2), two(MOE_TIED_BF16, stage=2),
     ],
+    "experts stage 3": [
+        two(MOE_QUANTIZED, stage=3), two(MOE_QUANTIZED, stage=3), two(MOE_QUANTIZED, expert=2), four(MOE_QUANTIZED, expert=2, stage=2),
+    ],
+    "experts stage 2 to 3": [two(MOE_TIED_BF16, expert=2, stage=2), two(MOE_TIED_BF16, stage=3)],
     "tied experts": [two(MOE_TIED, expert=2), two(MOE_TIED, pipeline=2), two(MOE_TIED, **SP), four(MOE_TIED, expert=4, stage=2)],
 }  # fmt: skip
 """The run that saves, and those that load what it saved."""

@@ -1,15 +1,19 @@
 """Each entry of `compat.cpu.PATCHES` is still needed, and none of them reaches beyond the module it names."""
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from megatron_qsparse.compat import cpu
-from megatron_qsparse.config import ParallelConfig
 from tests.parallel.helpers import VARIANTS, layout, small_model
 from tests.parallel.training import Case, make_engine, micro_batches
 
@@ -143,7 +147,8 @@ def _run_snippets(rank: int, root: Path) -> dict[str, tuple[str, str]]:
         with layout(**sizes) as parallel:
             with_patch = _outcome(snippet, parallel, root)
             dist.barrier()
-            with cpu.without(name):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(importlib.import_module(name), "torch", torch)
                 without_patch = _outcome(snippet, parallel, root)
             assert _patched(name)
             found[name] = with_patch, without_patch
@@ -187,15 +192,62 @@ def test_split_sizes_as_tensors_are_refused(pool):
     assert all(outcome.startswith("TypeError") for outcome in pool.run(_without_host_splits, 2))
 
 
-def test_the_router_needs_a_name_that_only_transformer_engine_defines(alone_and_enabled, monkeypatch):
-    """Should this fail after an update of Megatron, `compat.moe` can go."""
-    from megatron.core.transformer.moe import moe_utils
+UNPATCHED = """
+import importlib.metadata, json
+import torch
+from megatron.core import jit
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import moe_utils, router
+import deepspeed
 
-    if moe_utils.HAVE_TE:
-        pytest.skip("Transformer Engine is installed")
-    monkeypatch.delattr(moe_utils, "te_general_gemm")
-    with pytest.raises(NameError, match="te_general_gemm"):
-        _router(ParallelConfig(), Path())
+def works(call):
+    try:
+        call()
+    except Exception:
+        return False
+    return True
+
+def written():
+    before = torch.get_rng_state()
+    torch.rand(1)
+    return works(lambda: random._set_cuda_rng_state(before)) and torch.equal(torch.get_rng_state(), before)
+
+print(json.dumps({
+    "version": importlib.metadata.version("megatron-core"),
+    "transformer engine": moe_utils.HAVE_TE,
+    "te_general_gemm": hasattr(moe_utils, "te_general_gemm"),
+    "compiled router": hasattr(router.TopKRouter._apply_expert_bias, "_torchdynamo_orig_callable"),
+    "jit fuser": jit.jit_fuser is torch.compile or hasattr(jit.jit_fuser(lambda x: x), "_torchdynamo_orig_callable"),
+    "generator read": works(random._get_cuda_rng_state),
+    "generator written": written(),
+    "shared-memory op": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def unpatched() -> dict:
+    """What the libraries are by themselves, in a process that has nothing of ours."""
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", UNPATCHED], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_router_needs_a_name_that_only_transformer_engine_defines(unpatched):
+    """0.19 defines it: once nothing older is supported, `compat.moe` can go."""
+    newer = Version(unpatched["version"]) >= Version("0.19")
+    assert unpatched["te_general_gemm"] is (newer or unpatched["transformer engine"])
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [("compiled router", True), ("jit fuser", True), ("generator read", False), ("generator written", False), ("shared-memory op", True)],
+)
+def test_the_libraries_still_need_what_is_changed_without_an_entry_in_patches(unpatched, fact, expected):
+    """Should one fail after an update, `_use_eager_router`, `disable_jit_fuser`, `_use_cpu_generator` or the switched-off op of
+    compat/deepspeed.py can go."""
+    assert unpatched[fact] is expected
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,8 @@ class Case:
     """Stage 3: persistence threshold, reuse distance and prefetch of `PartitionSettings`."""
     starved: int = 0
     """The first so many experts get no token: their logits are lowered."""
+    data: int = 0
+    """Only by `train_plainly`, with `expert`: the data-parallel ranks whose rounding it has; 0: as many as expert-parallel ones."""
     two_copies: bool = False
     """Only by `train_plainly`: a tied embedding as two parameters that share a master weight, as on two pipeline stages."""
 
@@ -167,7 +169,7 @@ def _train_plainly(case: Case) -> History:
                 (loss / len(batches)).backward()
                 total += loss.item() / len(batches)
                 masters.accumulate(lambda name: case.expert == 1 or "local_experts" not in name)
-            for batch in map(torch.cat, zip(*_of_ranks(batches, case.expert), strict=True)) if case.expert > 1 else ():
+            for batch in map(torch.cat, _seen_together(batches, case)):
                 MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), case.expert / len(batches)))
                 losses = model(batch[:, :-1].contiguous(), positions.repeat(case.expert, 1), None, labels=batch[:, 1:].contiguous())
                 (losses.float().mean() * case.expert / len(batches)).backward()
@@ -179,10 +181,14 @@ def _train_plainly(case: Case) -> History:
         return history
 
 
-def _of_ranks(batches: list[torch.Tensor], ranks: int) -> list[list[torch.Tensor]]:
-    """The micro-batches of each of so many data-parallel ranks."""
+def _seen_together(batches: list[torch.Tensor], case: Case) -> list[tuple[torch.Tensor, ...]]:
+    """The micro-batches whose tokens meet in the experts: at each turn those of neighbouring ranks, as many as share the experts."""
+    if case.expert == 1:
+        return []
+    ranks = case.data or case.expert
     each = len(batches) // ranks
-    return [batches[rank * each : (rank + 1) * each] for rank in range(ranks)]
+    of_ranks = [batches[rank * each : (rank + 1) * each] for rank in range(ranks)]
+    return [turn for first in range(0, ranks, case.expert) for turn in zip(*of_ranks[first : first + case.expert], strict=True)]
 
 
 class _Masters:

@@ -85,6 +85,8 @@ PROBLEMS = [
     ({**EXPERTS, "qsparse__keep": 0.5, "model__moe_shared_expert_ffn_hidden_size": 36}, 1,
      ["qsparse.groups=8", "36 input features of mlp.shared_down"]),
     ({"qsparse__recipe": [RecipeRule(match="*.shared_down", keep=0.5)]}, 1, ["qsparse.recipe[0].match='*.shared_down'", "matches no"]),
+    ({"model__hidden_size": 96, "model__num_attention_heads": 12, "model__num_query_groups": 2, "model__ffn_hidden_size": 192,
+      "parallel__tensor": 6}, 6, ["128 outputs of attention.qkv", "model.num_query_groups=2", "parallel.tensor=6"]),
     ({"parallel__sequence": True}, 1, ["parallel.sequence=true", "raise parallel.tensor"]),
     ({"parallel__tensor": 2}, 3, ["3 processes", "parallel.tensor=2", "start a multiple of 2"]),
     ({"train__global_batch_size": 6, "train__micro_batch_size": 2}, 2, ["train.global_batch_size=6", "train.micro_batch_size=2", "= 4"]),
@@ -151,7 +153,7 @@ def test_each_problem_is_found_alone_and_in_words(shards, changes, world_size, w
 @pytest.mark.parametrize(
     ("changes", "world_size"),
     [
-        ({}, 1), ({"parallel__expert": 2}, 2), ({"parallel__expert": 4, "zero__stage": 2}, 4),
+        ({}, 1), ({"zero__stage": 3}, 2), ({"parallel__expert": 2}, 2), ({"parallel__expert": 4, "zero__stage": 2}, 4),
         ({"parallel__moe_token_dispatcher": "allgather"}, 2),
         ({**SEQUENCE_PARALLEL, "parallel__expert": 2, "qsparse__keep": 0.5}, 4), ({"parallel__pipeline": 2, "parallel__expert": 2}, 4),
         ({"qsparse__recipe": [RecipeRule(match="*.shared_down", keep=0.5)], "model__moe_shared_expert_ffn_hidden_size": 64}, 1),
@@ -162,9 +164,9 @@ def test_layouts_of_experts(shards, changes, world_size):
     assert examine(_config(shards, **{**EXPERTS, **changes}), world_size)[0] == []
 
 
-def test_experts_cannot_be_sharded_by_zero_3(shards):
-    problems, _, _ = examine(_config(shards, **EXPERTS, zero__stage=3), 1)
-    assert any(all(word in problem for word in ("zero.stage=3", "model.num_experts=4", "use 1 or 2")) for problem in problems)
+def test_experts_that_are_spread_cannot_be_sharded_by_zero_3(shards):
+    problems, _, _ = examine(_config(shards, **EXPERTS, zero__stage=3, parallel__expert=2), 2)
+    assert any(all(word in problem for word in ("zero.stage=3", "parallel.expert=2", "zero.stage=1 or 2")) for problem in problems)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
