@@ -86,7 +86,7 @@ PROBLEMS = [
      ["qsparse.groups=8", "36 input features of mlp.shared_down"]),
     ({"qsparse__recipe": [RecipeRule(match="*.shared_down", keep=0.5)]}, 1, ["qsparse.recipe[0].match='*.shared_down'", "matches no"]),
     ({"model__hidden_size": 96, "model__num_attention_heads": 12, "model__num_query_groups": 2, "model__ffn_hidden_size": 192,
-      "parallel__tensor": 6}, 6, ["128 outputs of attention.qkv", "model.num_query_groups=2", "parallel.tensor=6"]),
+      "model__vocab_size": 516, "parallel__tensor": 6}, 6, ["128 outputs of attention.qkv", "model.num_query_groups=2", "parallel.tensor=6"]),
     ({"parallel__sequence": True}, 1, ["parallel.sequence=true", "raise parallel.tensor"]),
     ({"parallel__tensor": 2}, 3, ["3 processes", "parallel.tensor=2", "start a multiple of 2"]),
     ({"train__global_batch_size": 6, "train__micro_batch_size": 2}, 2, ["train.global_batch_size=6", "train.micro_batch_size=2", "= 4"]),
