@@ -108,9 +108,14 @@ def sync(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Creates a folder and those above it that are missing, and flushes the entry of each to the device."""
+    """Creates a folder and those above it that are missing, and flushes the entry of each to the device.
+
+    Raises NotADirectoryError where a file is in the way.
+    """
     missing = []
     while not path.is_dir():
+        if path.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
