@@ -58,7 +58,7 @@ def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) 
     warn: told of newer ones that are damaged.
     """
     found = checkpoints(path)
-    for checkpoint in sorted(found, key=_age, reverse=True):
+    for checkpoint in _newest_first(found):
         damage = files.damage(checkpoint)
         if damage is None:
             return checkpoint
@@ -93,14 +93,17 @@ def _summary(path: Path) -> Summary | None:
     return summary if path.is_dir() else None
 
 
-def _age(checkpoint: Path) -> tuple[datetime, int, bool]:
-    """Sorts by when it was written, to the second; of the same save the step behind the milestone."""
-    try:
-        created = datetime.fromisoformat(_created(checkpoint))
-    except (FileNotFoundError, ValueError):
-        # Removed meanwhile by a run at work.
-        created = datetime.fromtimestamp(0, UTC)
-    return created, step_of(checkpoint), kind_of(checkpoint) == "step"
+def _newest_first(found: list[Path]) -> list[Path]:
+    """By when their step was saved, to the second; of one step the whole state before the milestone, which is sealed after it."""
+    saved: dict[int, datetime] = {}
+    for path in found:
+        try:
+            created = datetime.fromisoformat(_created(path))
+        except (FileNotFoundError, ValueError):
+            # Removed meanwhile by a run at work.
+            created = datetime.fromtimestamp(0, UTC)
+        saved[step_of(path)] = max(created, saved.get(step_of(path), created))
+    return sorted(found, key=lambda path: (saved[step_of(path)], step_of(path), kind_of(path) == "step"), reverse=True)
 
 
 def _created(path: Path) -> str:

@@ -269,6 +269,14 @@ def test_the_newest_is_what_was_written_last(directory):
     assert one_checkpoint(directory.path) == step.resolve()
 
 
+def test_of_one_save_the_whole_state_is_taken_although_the_milestone_is_sealed_after_it(directory):
+    step, milestone = _publish(directory, 30), _publish(directory, 30, kind="milestone")
+    for path, created in ((step, "2026-01-01T00:00:00+00:00"), (milestone, "2026-01-01T00:00:01+00:00")):
+        listing = json.loads((path / FILES_NAME).read_text())
+        (path / FILES_NAME).write_text(json.dumps(listing | {"created": created}))
+    assert one_checkpoint(directory.path) == step.resolve()
+
+
 def test_milestones_alone_are_not_started_over(directory):
     _publish(directory, 40, kind="milestone")
     with pytest.raises(ValueError, match="the last of step 40, but no checkpoint to go on from.*choose another output_dir"):
