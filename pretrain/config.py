@@ -152,6 +152,13 @@ class PretrainConfig:
     output_dir: str = ""
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, run_id. Training goes on from the newest complete checkpoint
     in it. Unset: runs/<tracking.run_name>."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto goes on from the newest complete checkpoint of the run directory where there is one. never refuses a directory with
+    checkpoints. required refuses one without: for jobs that are started again."""
+    allow_change: str = ""
+    """Settings that may differ from those of the checkpoint that the run goes on from: names (train.steps) or sections (schedule),
+    with commas between them. Needed for everything that changes what is trained: optimizer, schedule, number of steps. Layout,
+    intervals and places may always change; model, data, seed and quantization never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a device."""
     format_version: int = FORMAT_VERSION

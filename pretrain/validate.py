@@ -12,6 +12,7 @@ from megatron_qsparse.config import problems as sparsity_problems
 from megatron_qsparse.models.accounting import projection_shapes, projection_widths
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
+from pretrain.changes import problems as change_problems
 from pretrain.config import FORMAT_VERSION, PretrainConfig
 from pretrain.start import problems as start_problems
 
@@ -50,6 +51,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += _parallel_problems(config, world_size)
     problems += _schedule_problems(config)
     problems += config.tracking.problems()
+    problems += change_problems(config)
     model = None
     try:
         model = apply_preset(config.model, manifest.vocab_size if manifest else None)
