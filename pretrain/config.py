@@ -120,6 +120,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves after the last step and on a signal only."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed after a newer one is complete."""
+    max_failures: int = 3
+    """Saves in a row that may fail, say for want of space: each is warned of and tried again at the next interval; then the run stops.
+    A last save that fails is tried once more and ends the run with an error."""
     asynchronous: bool = True
     """Go on training while a checkpoint is written: training waits for a copy in host memory only, about 1/data-parallel-size of
     a rank's weights and optimizer state, which exists until the files are written. On GPUs the copy is page-locked, which takes up

@@ -45,6 +45,10 @@ class StepReport:
     """What callbacks before the metrics callback add to this step's log entry."""
 
 
+class Stopped(RuntimeError):
+    """The run cannot go on, for a reason that the message tells the user; raised on every rank alike."""
+
+
 class Callback:
     """Hooks of the loop; every rank runs them in the same order, so they may communicate."""
 

@@ -96,7 +96,7 @@ def _range_problems(config: PretrainConfig) -> list[str]:
         "data.sequence_length": config.data.sequence_length, "data.window_shards": config.data.window_shards,
         "parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline,
         "parallel.virtual_pipeline": config.parallel.virtual_pipeline, "parallel.expert": config.parallel.expert,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_last": config.checkpoint.keep_last, "checkpoint.max_failures": config.checkpoint.max_failures,
         "validation.samples": config.validation.samples,
     }  # fmt: skip
     not_negative = {

@@ -1,11 +1,12 @@
 """Saves the run every `checkpoint.interval` steps, after the last step and when a signal ends it."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_qsparse.parallel.checkpoint.saver import Output, Saver, SaveReport
+from megatron_qsparse.parallel.checkpoint.saver import Output, SaveError, Saver, SaveReport
 from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
@@ -14,7 +15,7 @@ from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
 from pretrain.identity import NUMERICS_VERSION, identity
 from pretrain.lease import Lease
 from pretrain.tracking.shipper import RUN_ID_NAME
-from pretrain.trainer import Callback, StepReport, Trainer, TrainerState
+from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
 
 FAILURE_WAIT_S = 600.0
@@ -32,19 +33,57 @@ class SaveCheckpoints(Callback):
         self.engine, self.directory, self.run, self.say, self.lease = engine, directory, run, say, lease
         self.settings = run.config.checkpoint
         self.saver = Saver(engine)
+        self.failures = 0
+        """In a row."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Raises SaveError where the save under way has failed; checkpoints that were complete before are still there."""
-        self._tell(self.saver.poll())
+        """Raises Stopped where too many saves have failed in a row, or the last one; checkpoints that were complete are still there."""
+        self._ended(self.saver.poll)
         kinds: list[Kind] = []
         if trainer.at_end or _is_due(report.step, self.settings.interval):
             kinds.append("step")
         if _is_due(report.step, self.settings.milestone_interval):
             kinds.append("milestone")
         if kinds:
+            self._ended(self.saver.wait)
             self._save(trainer.state, kinds)
-        if trainer.at_end or not self.settings.asynchronous:
-            self._tell(self.saver.wait())
+        if trainer.at_end:
+            if not self._ended(self.saver.wait):
+                self._save(trainer.state, kinds)
+                if not self._ended(self.saver.wait):
+                    raise Stopped(f"the last checkpoint could not be written: {self._left()}")
+        elif not self.settings.asynchronous:
+            self._ended(self.saver.wait)
+
+    def _ended(self, look: Callable[[], SaveReport | None]) -> bool:
+        """Say what became of a save that `look` finds ended; False where it failed. Raises Stopped at the last failure allowed."""
+        try:
+            report = look()
+        except SaveError as error:
+            if not error.can_retry:
+                raise
+            self._missed(error)
+            return False
+        if report is not None:
+            self.failures = 0
+            names = " and ".join(output.directory.parent.name.partition(".")[0] for output in report.outputs)
+            self._tell(f"saved {names}: {report.total_s:.1f} s, of which training waited {report.waited_s:.1f}")
+        return True
+
+    def _missed(self, error: SaveError) -> None:
+        self.failures += 1
+        allowed = self.settings.max_failures
+        self._tell(f"warning: {error} ({self.failures} of {allowed} failures in a row; {self._left()})")
+        if self.failures >= allowed:
+            raise Stopped(f"{self.failures} checkpoints in a row could not be written, the last one because: {error}; {self._left()}")
+
+    def _left(self) -> str:
+        published = self.directory.published()
+        return f"the last complete one is {published[-1]}" if published else "there is no complete one yet"
+
+    def _tell(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            self.say(text)
 
     def close(self) -> None:
         """The run has failed on this rank: wait for the save under way and say what became of it."""
@@ -53,7 +92,6 @@ class SaveCheckpoints(Callback):
 
     def _save(self, state: TrainerState, kinds: list[Kind]) -> None:
         """Collective: all ranks copy what they write. What rank 0 writes beside it is made now, of the present state."""
-        self._tell(self.saver.wait())
         run_id = self.run.config.run_directory / RUN_ID_NAME
         record = TrainerRecord(
             numerics_version=NUMERICS_VERSION, state=dataclasses.asdict(state), identity=identity(self.run), layout=layout(self.engine),
@@ -72,13 +110,8 @@ class SaveCheckpoints(Callback):
 
         return Output(
             directory=partial / STATE_NAME, weights_only=kind == "milestone",
-            prepare=lambda: self.directory.begin(step, kind), publish=publish,
+            prepare=lambda: self.directory.begin(step, kind), publish=publish, discard=lambda: shutil.rmtree(partial),
         )  # fmt: skip
-
-    def _tell(self, report: SaveReport | None) -> None:
-        if report is not None and dist.get_rank() == 0:
-            names = " and ".join(output.directory.parent.name.partition(".")[0] for output in report.outputs)
-            self.say(f"saved {names}: {report.total_s:.1f} s, of which training waited {report.waited_s:.1f}")
 
 
 def _is_due(step: int, interval: int) -> bool:
