@@ -60,6 +60,8 @@ class TrainConfig:
     """Recompute each layer's activations in the backward instead of keeping them."""
     check_codes: bool = False
     """Before each step, verify that no weight was written without its ternary codes being made anew. For debugging."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, after which the run stops; such a step changes no weight."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 

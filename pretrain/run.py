@@ -17,6 +17,7 @@ from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
+from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.validation import Validate
@@ -84,7 +85,14 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None) -> N
         return
     tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
     saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
-    callbacks = [KeepLease(lease), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving]
+    callbacks = [
+        KeepLease(lease),
+        WatchNumbers(validated),
+        signals,
+        Validate(validated, device),
+        LogMetrics(validated, tracker, device),
+        saving,
+    ]
     trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
     status = "FAILED"
     try:

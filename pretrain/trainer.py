@@ -24,6 +24,8 @@ class TrainerState:
     tokens: int = 0
     skipped_steps: int = 0
     """Steps whose gradient was not finite: their samples count as consumed, the weights did not change."""
+    skipped_in_a_row: int = 0
+    """Of the steps just taken."""
     flops: float = 0.0
     """Training FLOPs spent so far."""
     activated_flops: float = 0.0

@@ -93,6 +93,7 @@ def _range_problems(config: PretrainConfig) -> list[str]:
     at_least_one = {
         "train.steps": config.train.steps, "train.micro_batch_size": config.train.micro_batch_size,
         "train.global_batch_size": config.train.global_batch_size, "train.log_interval": config.train.log_interval,
+        "train.max_skipped_steps": config.train.max_skipped_steps,
         "data.sequence_length": config.data.sequence_length, "data.window_shards": config.data.window_shards,
         "parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline,
         "parallel.virtual_pipeline": config.parallel.virtual_pipeline, "parallel.expert": config.parallel.expert,
