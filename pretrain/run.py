@@ -86,13 +86,8 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None) -> N
     tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
     saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
     callbacks = [
-        KeepLease(lease),
-        WatchNumbers(validated),
-        signals,
-        Validate(validated, device),
-        LogMetrics(validated, tracker, device),
-        saving,
-    ]
+        KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
+    ]  # fmt: skip
     trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
     status = "FAILED"
     try:
