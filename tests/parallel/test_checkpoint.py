@@ -105,6 +105,12 @@ SENT = [
     "experts twice stage 2",
 ]
 """Those where no rank holds all that it writes: others send it their shares."""
+MORE = (
+    "dense bf16 stage 2", "quantized fp32 stage 2", "quantized fp32 tensor", "tied fp32 tensor stage 3", "tied fp32 pipeline",
+    "tied bf16 tensor", "tied on four", "deep pipeline", "experts together", "experts twice", "experts stage 2 to 3", "experts apart",
+    "tied experts",
+)  # fmt: skip
+"""Those of `make test-all`."""
 LOADS = [(name, index) for name, (_, *targets) in SAVED.items() for index in range(len(targets))]
 
 
@@ -134,16 +140,16 @@ def _forget(engine) -> None:
     engine.weights_changed()
 
 
-def _on(rank: int, root: Path, ranks: int) -> dict[str, dict]:
-    """Everything that is saved by so many ranks."""
-    return {name: _train_and_save(source.case, root / name) for name, (source, *_) in SAVED.items() if source.ranks == ranks}
+def _on(rank: int, root: Path, ranks: int, names: list[str]) -> dict[str, dict]:
+    """What is saved by so many ranks."""
+    return {name: _train_and_save(SAVED[name][0].case, root / name) for name in names if SAVED[name][0].ranks == ranks}
 
 
-def _elsewhere(rank: int, root: Path, ranks: int) -> dict[tuple[str, int], dict]:
-    """Everything that is loaded by so many ranks."""
+def _elsewhere(rank: int, root: Path, ranks: int, names: list[str]) -> dict[tuple[str, int], dict]:
+    """What is loaded by so many ranks."""
     return {
         (name, index): _load(target.case, root / name, steps=3 if target == SAVED[name][0] else 1)
-        for name, index in LOADS if (target := SAVED[name][1 + index]).ranks == ranks
+        for name, index in LOADS if name in names and (target := SAVED[name][1 + index]).ranks == ranks
     }  # fmt: skip
 
 
@@ -195,21 +201,32 @@ def _newer(rank: int, directory: Path) -> str:
     return str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+class _Results:
+    """Of the runs of `make test` once one of them is asked for, and of those of `make test-all` likewise."""
+
+    def __init__(self, pool, root: Path):
+        self._pool, self._root = pool, root
+        self._saved: dict[str, dict] = {}
+        self._loaded: dict[tuple[str, int], dict] = {}
+
+    def saved(self, name: str) -> dict:
+        if name not in self._saved:
+            self._run([other for other in SAVED if (other in MORE) == (name in MORE)])
+        return self._saved[name]
+
+    def loaded(self, entry: tuple[str, int]) -> dict:
+        self.saved(entry[0])
+        return self._loaded[entry]
+
+    def _run(self, names: list[str]) -> None:
+        for function, found in ((_on, self._saved), (_elsewhere, self._loaded)):
+            for ranks in (2, 4):
+                found |= self._pool.run(function, ranks, self._root, ranks, names, timeout=300)[0]
 
 
 @pytest.fixture(scope="module")
-def saved(pool, root) -> dict[str, dict]:
-    """By name."""
-    return {name: run for ranks in (2, 4) for name, run in pool.run(_on, ranks, root, ranks, timeout=300)[0].items()}
-
-
-@pytest.fixture(scope="module")
-def loaded(pool, root, saved) -> dict[tuple[str, int], dict]:
-    """By entry of `LOADS`."""
-    return {entry: run for ranks in (2, 4) for entry, run in pool.run(_elsewhere, ranks, root, ranks, timeout=300)[0].items()}
+def results(pool, tmp_path_factory) -> _Results:
+    return _Results(pool, tmp_path_factory.mktemp("checkpoints"))
 
 
 def _assert_equal_state(found: dict, expected: dict, tied: bool) -> None:
@@ -222,6 +239,10 @@ def _assert_equal_state(found: dict, expected: dict, tied: bool) -> None:
         assert all(tensor.any() for tensor in expected[kind].values())
 
 
+def _marked(entries: list[tuple[str, int]]) -> list:
+    return [pytest.param(entry, id=_label(entry), marks=[pytest.mark.matrix] * (entry[0] in MORE)) for entry in entries]
+
+
 def _label(entry: tuple[str, int]) -> str:
     name, index = entry
     target = SAVED[name][1 + index]
@@ -229,24 +250,24 @@ def _label(entry: tuple[str, int]) -> str:
     return f"{name}: {target.ranks} ranks {' '.join(changed)}".rstrip()
 
 
-@pytest.mark.parametrize("entry", LOADS, ids=_label)
-def test_every_layout_gets_the_same_weights_masters_moments_and_step(saved, loaded, entry):
+@pytest.mark.parametrize("entry", _marked(LOADS))
+def test_every_layout_gets_the_same_weights_masters_moments_and_step(results, entry):
     name, _ = entry
     tied = VARIANTS[SAVED[name][0].case.variant][0].tied_embeddings
-    _assert_equal_state(loaded[entry]["state"], saved[name]["state"], tied)
+    _assert_equal_state(results.loaded(entry)["state"], results.saved(name)["state"], tied)
 
 
-@pytest.mark.parametrize("entry", [(name, index) for name, index in LOADS if SAVED[name][0] == SAVED[name][1 + index]], ids=_label)
-def test_the_next_steps_at_the_same_layout_keep_every_bit(saved, loaded, entry):
-    run, load = saved[entry[0]], loaded[entry]
+@pytest.mark.parametrize("entry", _marked([(name, index) for name, index in LOADS if SAVED[name][0] == SAVED[name][1 + index]]))
+def test_the_next_steps_at_the_same_layout_keep_every_bit(results, entry):
+    run, load = results.saved(entry[0]), results.loaded(entry)
     assert run["state"]["weights"].keys() == load["state"]["weights"].keys()
     assert load["steps"] == run["steps"] and len(load["steps"]) == 3
     assert all(step.applied for step in load["steps"])
 
 
-@pytest.mark.parametrize("name", SENT)
-def test_shares_were_put_together(saved, name):
-    assert saved[name]["shares"] > 0
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.matrix] * (name in MORE)) for name in SENT])
+def test_shares_were_put_together(results, name):
+    assert results.saved(name)["shares"] > 0
 
 
 def _comparable(source: Case, target: Case) -> bool:
@@ -256,11 +277,11 @@ def _comparable(source: Case, target: Case) -> bool:
 
 
 @pytest.mark.parametrize(
-    "entry", [(name, index) for name, index in LOADS if _comparable(SAVED[name][0].case, SAVED[name][1 + index].case)], ids=_label
+    "entry", _marked([(name, index) for name, index in LOADS if _comparable(SAVED[name][0].case, SAVED[name][1 + index].case)])
 )
-def test_the_next_step_is_the_same_at_every_layout(saved, loaded, entry):
+def test_the_next_step_is_the_same_at_every_layout(results, entry):
     name, index = entry
-    expected, found = saved[name]["steps"][0], loaded[entry]["steps"][0]
+    expected, found = results.saved(name)["steps"][0], results.loaded(entry)["steps"][0]
     assert found.loss == pytest.approx(expected.loss, abs=2e-6)
     source, target = SAVED[name][0].case, SAVED[name][1 + index].case
     # One process rounds the sum of a tied embedding's two gradients to bf16, two stages round each of them. An expert rounds
