@@ -60,6 +60,8 @@ class TrainConfig:
     """Recompute each layer's activations in the backward instead of keeping them."""
     check_codes: bool = False
     """Before each step, verify that no weight was written without its ternary codes being made anew. For debugging."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, after which the run stops; such a step changes no weight."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 
@@ -120,6 +122,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves after the last step and on a signal only."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed after a newer one is complete."""
+    max_failures: int = 3
+    """Saves in a row that may fail, say for want of space: each is warned of and tried again at the next interval; then the run stops.
+    A last save that fails is tried once more and ends the run with an error."""
     asynchronous: bool = True
     """Go on training while a checkpoint is written: training waits for a copy in host memory only, about 1/data-parallel-size of
     a rank's weights and optimizer state, which exists until the files are written. On GPUs the copy is page-locked, which takes up
@@ -152,6 +157,13 @@ class PretrainConfig:
     output_dir: str = ""
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, run_id. Training goes on from the newest complete checkpoint
     in it. Unset: runs/<tracking.run_name>."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto goes on from the newest complete checkpoint of the run directory where there is one. never refuses a directory with
+    checkpoints. required refuses one without: for jobs that are started again."""
+    allow_change: str = ""
+    """Settings that may differ from those of the checkpoint that the run goes on from: names (train.steps) or sections (schedule),
+    with commas between them. Needed for everything that changes what is trained: optimizer, schedule, number of steps. Layout,
+    intervals and places may always change; model, data, seed and quantization never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a device."""
     format_version: int = FORMAT_VERSION

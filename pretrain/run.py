@@ -15,13 +15,17 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
-from pretrain.callbacks.checkpointing import SaveCheckpoints, resume, start
+from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
+from pretrain.callbacks.numbers import WatchNumbers
+from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
 from pretrain.hardware import choose_device
+from pretrain.lease import Lease
+from pretrain.resume import of_rank_0, resume, start
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
 from pretrain.trainer import Trainer, TrainerState
 from pretrain.validate import Validated
@@ -34,7 +38,7 @@ class Refused(RuntimeError):
 
 
 def run(validated: Validated) -> int:
-    """Train to the end, or until a signal. Returns the exit status."""
+    """Train to the end, or until a signal, alone in the run directory. Returns the exit status. Raises Refused."""
     config = validated.config
     try:
         device = choose_device(config.device)
@@ -44,6 +48,27 @@ def run(validated: Validated) -> int:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
+    try:
+        _own(lease)
+        _train(validated, device, lease)
+    finally:
+        if lease is not None:
+            lease.release()
+    groups.destroy()
+    return 0
+
+
+def _own(lease: Lease | None) -> None:
+    """lease: rank 0's. Collective."""
+    try:
+        of_rank_0(lambda: lease.acquire(_say))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _train(validated: Validated, device: torch.device, lease: Lease | None) -> None:
+    config = validated.config
     signals = StopOnSignal(device)
     engine = build_engine(validated, device)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
@@ -57,11 +82,12 @@ def run(validated: Validated) -> int:
         _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
         if dist.get_rank() == 0:
             settle(config.tracking, config.run_directory)
-        groups.destroy()
-        return 0
+        return
     tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
-    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True))
-    callbacks = [signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving]
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    callbacks = [
+        KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
+    ]  # fmt: skip
     trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
     status = "FAILED"
     try:
@@ -74,8 +100,6 @@ def run(validated: Validated) -> int:
             tracker.close(status)
     if trainer.stop_reason:
         _say(f"{trainer.stop_reason}: checkpoint saved after step {state.step}; start again to go on from there")
-    groups.destroy()
-    return 0
 
 
 def build_engine(validated: Validated, device: torch.device) -> ZeroEngine:

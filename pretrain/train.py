@@ -12,7 +12,7 @@ import time
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0 when the run finished or was stopped by a signal, 2 for a configuration that cannot work."""
+    """Exit status 0 when the run finished or was stopped by a signal, 2 where it cannot start, 1 where it cannot go on."""
     from pretrain.config import parse
     from pretrain.libraries import prepare
     from pretrain.validate import ConfigurationError, validate
@@ -25,14 +25,17 @@ def main(args: list[str] | None = None) -> int:
 
     prepare(config.device)
     from pretrain.run import Refused, run
+    from pretrain.trainer import Stopped
 
     try:
         return run(validated)
     except Refused as error:
         return _refuse(error)
+    except Stopped as error:
+        return _refuse(error, status=1)
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception, status: int = 2) -> int:
     """Rank 0 speaks first and, where all ranks fail alike, alone: torchrun ends the others as soon as one has failed.
 
     A rank that fails by itself, say on a machine that lacks a file, still says so after its wait.
@@ -42,7 +45,7 @@ def _refuse(error: Exception) -> int:
         time.sleep(3)
     prefix = f"error (rank {rank}): " if rank else "error: "
     print(*(prefix + line for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

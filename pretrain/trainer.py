@@ -24,6 +24,8 @@ class TrainerState:
     tokens: int = 0
     skipped_steps: int = 0
     """Steps whose gradient was not finite: their samples count as consumed, the weights did not change."""
+    skipped_in_a_row: int = 0
+    """Of the steps just taken."""
     flops: float = 0.0
     """Training FLOPs spent so far."""
     activated_flops: float = 0.0
@@ -43,6 +45,10 @@ class StepReport:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks before the metrics callback add to this step's log entry."""
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on, for a reason that the message tells the user; raised on every rank alike."""
 
 
 class Callback:

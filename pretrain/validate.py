@@ -12,6 +12,7 @@ from megatron_qsparse.config import problems as sparsity_problems
 from megatron_qsparse.models.accounting import projection_shapes, projection_widths
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
+from pretrain.changes import problems as change_problems
 from pretrain.config import FORMAT_VERSION, PretrainConfig
 from pretrain.start import problems as start_problems
 
@@ -50,6 +51,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += _parallel_problems(config, world_size)
     problems += _schedule_problems(config)
     problems += config.tracking.problems()
+    problems += change_problems(config)
     model = None
     try:
         model = apply_preset(config.model, manifest.vocab_size if manifest else None)
@@ -91,10 +93,11 @@ def _range_problems(config: PretrainConfig) -> list[str]:
     at_least_one = {
         "train.steps": config.train.steps, "train.micro_batch_size": config.train.micro_batch_size,
         "train.global_batch_size": config.train.global_batch_size, "train.log_interval": config.train.log_interval,
+        "train.max_skipped_steps": config.train.max_skipped_steps,
         "data.sequence_length": config.data.sequence_length, "data.window_shards": config.data.window_shards,
         "parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline,
         "parallel.virtual_pipeline": config.parallel.virtual_pipeline, "parallel.expert": config.parallel.expert,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_last": config.checkpoint.keep_last, "checkpoint.max_failures": config.checkpoint.max_failures,
         "validation.samples": config.validation.samples,
     }  # fmt: skip
     not_negative = {

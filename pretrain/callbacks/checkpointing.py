@@ -1,26 +1,21 @@
-"""Saves the run every `checkpoint.interval` steps, after the last step and when a signal ends it; and takes it up again."""
+"""Saves the run every `checkpoint.interval` steps, after the last step and when a signal ends it."""
 
 import dataclasses
-import json
-import traceback
+import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from megatron_qsparse.parallel import checkpoint
-from megatron_qsparse.parallel.checkpoint.saver import GROUP_TIMEOUT, Output, Saver, SaveReport
+from megatron_qsparse.parallel.checkpoint.saver import Output, SaveError, Saver, SaveReport
 from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind, step_of
-from pretrain.checkpoint.files import damage
-from pretrain.identity import NUMERICS_VERSION, differences, identity
-from pretrain.start import source
+from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
+from pretrain.identity import NUMERICS_VERSION, identity
+from pretrain.lease import Lease
 from pretrain.tracking.shipper import RUN_ID_NAME
-from pretrain.trainer import Callback, StepReport, Trainer, TrainerState
+from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
 
 FAILURE_WAIT_S = 600.0
@@ -30,23 +25,65 @@ FAILURE_WAIT_S = 600.0
 class SaveCheckpoints(Callback):
     """One save at a time; where `checkpoint.asynchronous`, training goes on while it is written and published."""
 
-    def __init__(self, engine: ZeroEngine, directory: CheckpointDirectory, run: Validated, say: Callable[[str], None] = print):
-        self.engine, self.directory, self.run, self.say = engine, directory, run, say
+    def __init__(
+        self, engine: ZeroEngine, directory: CheckpointDirectory, run: Validated, say: Callable[[str], None] = print,
+        lease: Lease | None = None,
+    ):  # fmt: skip
+        """lease: rank 0's, without which nothing is published."""
+        self.engine, self.directory, self.run, self.say, self.lease = engine, directory, run, say, lease
         self.settings = run.config.checkpoint
         self.saver = Saver(engine)
+        self.failures = 0
+        """In a row."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Raises SaveError where the save under way has failed; checkpoints that were complete before are still there."""
-        self._tell(self.saver.poll())
+        """Raises Stopped where too many saves have failed in a row, or the last one; checkpoints that were complete are still there."""
+        self._ended(self.saver.poll)
         kinds: list[Kind] = []
         if trainer.at_end or _is_due(report.step, self.settings.interval):
             kinds.append("step")
         if _is_due(report.step, self.settings.milestone_interval):
             kinds.append("milestone")
         if kinds:
+            self._ended(self.saver.wait)
             self._save(trainer.state, kinds)
-        if trainer.at_end or not self.settings.asynchronous:
-            self._tell(self.saver.wait())
+        if trainer.at_end:
+            if not self._ended(self.saver.wait):
+                self._save(trainer.state, kinds)
+                if not self._ended(self.saver.wait):
+                    raise Stopped(f"the last checkpoint could not be written: {self._left()}")
+        elif not self.settings.asynchronous:
+            self._ended(self.saver.wait)
+
+    def _ended(self, look: Callable[[], SaveReport | None]) -> bool:
+        """Say what became of a save that `look` finds ended; False where it failed. Raises Stopped at the last failure allowed."""
+        try:
+            report = look()
+        except SaveError as error:
+            if not error.can_retry:
+                raise
+            self._missed(error)
+            return False
+        if report is not None:
+            self.failures = 0
+            names = " and ".join(output.directory.parent.name.partition(".")[0] for output in report.outputs)
+            self._tell(f"saved {names}: {report.total_s:.1f} s, of which training waited {report.waited_s:.1f}")
+        return True
+
+    def _missed(self, error: SaveError) -> None:
+        self.failures += 1
+        allowed = self.settings.max_failures
+        self._tell(f"warning: {error} ({self.failures} of {allowed} failures in a row; {self._left()})")
+        if self.failures >= allowed:
+            raise Stopped(f"{self.failures} checkpoints in a row could not be written, the last one because: {error}; {self._left()}")
+
+    def _left(self) -> str:
+        published = self.directory.published()
+        return f"the last complete one is {published[-1]}" if published else "there is no complete one yet"
+
+    def _tell(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            self.say(text)
 
     def close(self) -> None:
         """The run has failed on this rank: wait for the save under way and say what became of it."""
@@ -55,7 +92,6 @@ class SaveCheckpoints(Callback):
 
     def _save(self, state: TrainerState, kinds: list[Kind]) -> None:
         """Collective: all ranks copy what they write. What rank 0 writes beside it is made now, of the present state."""
-        self._tell(self.saver.wait())
         run_id = self.run.config.run_directory / RUN_ID_NAME
         record = TrainerRecord(
             numerics_version=NUMERICS_VERSION, state=dataclasses.asdict(state), identity=identity(self.run), layout=layout(self.engine),
@@ -67,104 +103,16 @@ class SaveCheckpoints(Callback):
         partial = self.directory.partial(step, kind)
 
         def publish(files: dict[str, FileRecord]) -> None:
+            if self.lease is not None:
+                self.lease.check()
             record.write(partial, self.run.config)
             self.directory.publish(partial, {f"{STATE_NAME}/{name}": file for name, file in files.items()})
 
         return Output(
             directory=partial / STATE_NAME, weights_only=kind == "milestone",
-            prepare=lambda: self.directory.begin(step, kind), publish=publish,
+            prepare=lambda: self.directory.begin(step, kind), publish=publish, discard=lambda: shutil.rmtree(partial),
         )  # fmt: skip
-
-    def _tell(self, report: SaveReport | None) -> None:
-        if report is not None and dist.get_rank() == 0:
-            names = " and ".join(output.directory.parent.name.partition(".")[0] for output in report.outputs)
-            self.say(f"saved {names}: {report.total_s:.1f} s, of which training waited {report.waited_s:.1f}")
 
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -> TrainerState | None:
-    """Load the newest complete checkpoint into the engine; None where there is none yet. Collective.
-
-    Raises ValueError where it belongs to another run, naming each difference, or where every checkpoint is damaged.
-    """
-    found = _of_rank_0(lambda: _newest(directory, run))
-    if found is None:
-        return None
-    path, state = found
-    if not checkpoint.load(engine, path / STATE_NAME) and dist.get_rank() == 0:
-        directory.warn(
-            f"{path} was written at another layout or on another kind of device: random number generators start anew "
-            "(nothing of this project draws from them)"
-        )
-    return TrainerState(**state)
-
-
-def start(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -> Path | None:
-    """Load the weights of `checkpoint.start_from` into the engine; None where that is not set. Collective.
-
-    Raises ValueError where the checkpoint is damaged.
-    """
-    path = _of_rank_0(lambda: _source(directory, run))
-    if path is not None:
-        checkpoint.load_weights(engine, path / STATE_NAME)
-    return path
-
-
-def _of_rank_0(find: Callable[[], Any]) -> Any:
-    """What rank 0 finds on the disk, on every rank; where it fails, all raise. Collective."""
-    found = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [find()]
-        except (ValueError, OSError) as error:
-            # By its words: not every exception survives being sent.
-            found = [ValueError(str(error))]
-        except Exception:
-            # Swallowed by nobody: the other ranks wait in the broadcast below, and all of them raise it with its traceback.
-            found = [RuntimeError(f"rank 0 failed while it looked for a checkpoint:\n{traceback.format_exc()}")]
-    # Rank 0 reads a whole checkpoint: the default group, of NCCL on GPUs, would give up after ten minutes.
-    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    dist.broadcast_object_list(found, src=0, group=group)
-    dist.destroy_process_group(group)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
-def _source(directory: CheckpointDirectory, run: Validated) -> Path | None:
-    path = source(run.config)
-    if path is not None:
-        if problem := damage(path, contents=True):
-            raise ValueError(f"checkpoint.start_from: {path} is not a complete checkpoint ({problem})")
-        _compare_numerics(path, TrainerRecord.read(path), directory)
-    return path
-
-
-def _newest(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict] | None:
-    """(path, state) of the checkpoint to go on from."""
-    path = directory.newest()
-    if path is None:
-        if milestones := directory.published("milestone"):
-            last = step_of(milestones[-1])
-            raise ValueError(
-                f"{directory.path} holds milestones, the last of step {last}, but no checkpoint to go on from, and a run from step 0 "
-                "would replace them: choose another output_dir (checkpoint.start_from takes a milestone's weights)"
-            )
-        return None
-    saved = TrainerRecord.read(path)
-    if found := differences(saved.identity, json.loads(json.dumps(identity(run)))):
-        lines = "\n".join(f"  {line}" for line in found)
-        raise ValueError(f"{path} belongs to a different run:\n{lines}\nchoose another output_dir, or restore these settings")
-    _compare_numerics(path, saved, directory)
-    return path, saved.state
-
-
-def _compare_numerics(path: Path, saved: TrainerRecord, directory: CheckpointDirectory) -> None:
-    if saved.numerics_version != NUMERICS_VERSION:
-        directory.warn(
-            f"{path} was trained with numerics version {saved.numerics_version}, this is {NUMERICS_VERSION}: losses may shift here, "
-            "see CHANGELOG.md"
-        )

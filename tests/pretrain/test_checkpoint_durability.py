@@ -99,14 +99,14 @@ def test_a_process_killed_before_it_publishes_leaves_the_checkpoint_before(tmp_p
 
 
 def _look_for_it(rank: int, path: Path) -> list[str]:
-    from pretrain.callbacks.checkpointing import _of_rank_0
+    from pretrain.resume import of_rank_0
 
     told = []
     for find in (lambda: path.read_text(), lambda: {}["key"]):
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            _of_rank_0(find)
+            of_rank_0(find)
         told.append(f"{caught.type.__name__}: {caught.value}")
-    assert _of_rank_0(lambda: rank) == 0
+    assert of_rank_0(lambda: rank) == 0
     return told
 
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.callbacks.checkpointing import _newest
 from pretrain.checkpoint.directory import CheckpointDirectory, remove, step_of
 from pretrain.checkpoint.files import FILES_NAME, damage
 from pretrain.checkpoint.inspection import one_checkpoint
+from pretrain.resume import _newest
 
 
 class Warnings(list):

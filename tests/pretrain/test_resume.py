@@ -107,6 +107,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoints_before_it(sha
     train(*arguments, "--train.steps", 2)
     # begin() removes what interrupted saves left, folders: a file in that place is an error of the file system.
     (run / "checkpoints" / "step_00000004.partial").write_text("in the way")
+    arguments += ["--allow_change", "train.steps"]
     with started(train_command(*arguments, "--train.steps", 50)) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -115,6 +116,23 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoints_before_it(sha
     assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["step_00000002"]
     (run / "checkpoints" / "step_00000004.partial").unlink()
     assert "going on after step 2" in train(*arguments, "--train.steps", 4)
+
+
+def test_another_schedule_must_be_asked_for(shards, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data.path", shards, *BATCH, "--train.steps", 2, "--output_dir", run]
+    train(*arguments, "--resume", "never", processes=1)
+    changed = [*arguments, "--train.steps", 3, "--optimizer.lr", "1e-3", "--train.micro_batch_size", 4, "--resume", "required"]
+    with started(train_command(*changed, processes=1)) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "--allow_change train.steps,optimizer.lr" in output
+    output = train(*changed, "--allow_change", "train.steps,optimizer", processes=1)
+    assert "changed: optimizer.lr: 0.0003 in the checkpoint, 0.001 now" in output and "going on after step 2" in output
+    assert "changed: train.micro_batch_size: 2 in the checkpoint, 4 now" in output
+    for resume, where, told in (("never", run, "holds checkpoints and resume=never"), ("required", tmp_path, "resume=required")):
+        with started(train_command(*arguments, "--output_dir", where, "--resume", resume, processes=1)) as process:
+            output, _ = process.communicate(timeout=300)
+        assert process.returncode != 0 and told in output and "Traceback (most" not in output
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):

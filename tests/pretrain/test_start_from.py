@@ -44,7 +44,8 @@ def test_the_weights_are_taken_and_nothing_else(shards, first, tmp_path):
     assert json.loads((run / "checkpoints" / "step_00000001" / "trainer.json").read_text())["state"]["consumed_samples"] == 4
 
     # From here on the run has checkpoints of its own; where it started need not be there any more.
-    output = train(*arguments, "--train.steps", 2, "--checkpoint.start_from", tmp_path / "gone")
+    allowed = ["--allow_change", "train.steps,optimizer.lr"]
+    output = train(*arguments, "--train.steps", 2, *allowed, "--checkpoint.start_from", tmp_path / "gone")
     assert "going on after step 1" in output and "starting with" not in output
     assert sorted(losses(run)) == [1, 2]
 

@@ -33,7 +33,15 @@ GRACE_S = 5.0
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the message names ranks and causes. The ones before it are untouched."""
+    """A checkpoint could not be written; the message names ranks and causes. The ones before it are untouched.
+
+    can_retry: all ranks have learnt of it together, say of a full disk, and another save may be started. False where the threads
+    have lost each other.
+    """
+
+    def __init__(self, message: str, can_retry: bool = False):
+        super().__init__(message)
+        self.can_retry = can_retry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,8 @@ class Output:
     """Called on rank 0 before any rank writes."""
     publish: Callable[[dict[str, FileRecord]], None] = lambda files: None
     """Called on rank 0 after all ranks have written, with what they wrote by file name."""
+    discard: Callable[[], None] = lambda: None
+    """Called on rank 0 where it was not written, when no rank is at it any more: to remove what there is of it."""
 
 
 @dataclass
@@ -81,7 +91,7 @@ class _Task:
                 self._write(output)
             self.error = None
         except SaveError as error:
-            # A thread's exception reaches nobody: `_take` raises it in the training thread, on every rank.
+            # A thread's exception reaches nobody: `poll` raises it in the training thread, on every rank.
             self.error = error
         except BaseException as error:
             # Mostly of the threads' own communication: another rank died.
@@ -92,6 +102,16 @@ class _Task:
             self.report.total_s = time.perf_counter() - self._started
 
     def _write(self, output: Output) -> None:
+        try:
+            self._write_and_publish(output)
+        except SaveError:
+            if self._group.rank() == 0:
+                # What cannot be removed now is in nobody's way: the next save removes it, or says that it cannot.
+                with contextlib.suppress(OSError):
+                    output.discard()
+            raise
+
+    def _write_and_publish(self, output: Output) -> None:
         first = self._group.rank() == 0
         self._together(output, lambda: output.prepare() if first else None)
         own = self._together(output, lambda: write(self._snapshot, output.weights_only, output.directory, self._group))
@@ -113,7 +133,7 @@ class _Task:
         found = {rank: text for part in causes if part for rank, text in part.items()}
         if found:
             told = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(found.items()))
-            raise SaveError(f"{output.directory} was not written: {told}") from failure
+            raise SaveError(f"{output.directory} was not written: {told}", can_retry=True) from failure
         return result
 
 
@@ -217,7 +237,7 @@ class Saver:
         task.thread.join(GRACE_S)
         if task.thread.is_alive() or task.error is None:
             raise SaveError(f"{_names(task.report.outputs)} was not written: another rank failed and says why")
-        raise SaveError(str(task.error)) from task.error
+        raise SaveError(str(task.error), task.error.can_retry) from task.error
 
 
 def save(engine: ZeroEngine, directory: Path, weights_only: bool = False) -> None:

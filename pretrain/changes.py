@@ -1,0 +1,61 @@
+"""How the settings of a run that goes on differ from those it was saved with, and which of these differences are allowed.
+
+What defines the network and the data is compared by `identity` and never differs. Where and how often the run computes, saves and
+logs is free. Everything else changes what is trained from here on and must be asked for: `allow_change`.
+"""
+
+from pathlib import Path
+
+import yaml
+
+from pretrain.config import PretrainConfig, flatten, to_dict
+
+IDENTITY = (
+    "model.", "qsparse.", "bitnet.", "train.seed", "train.global_batch_size", "train.precision", "data.sequence_length",
+    "data.window_shards",
+)  # fmt: skip
+"""Compared by what they resolve to."""
+FREE = (
+    "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
+    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "validation.", "checkpoint.", "tracking.", "output_dir",
+    "device", "resume", "allow_change", "format_version",
+)  # fmt: skip
+"""Layout, intervals, places. data.path may move: the manifest's digest is compared."""
+
+
+def compare(saved: Path, config: PretrainConfig) -> list[str]:
+    """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
+    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
+    changed = [name for name in now if name in before and now[name] != before[name] and not name.startswith(IDENTITY)]
+    lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
+    refused = [name for name in changed if not name.startswith(FREE) and not _is_allowed(name, config.allow_change)]
+    if refused:
+        told = "\n".join(f"  {lines[name]}" for name in refused)
+        raise ValueError(
+            f"{saved.parent} was trained with other settings:\n{told}\nrestore them, or change them on purpose with --allow_change "
+            f"{','.join(refused)}"
+        )
+    return [f"changed: {line}" for line in lines.values()]
+
+
+def problems(config: PretrainConfig) -> list[str]:
+    """What cannot work in `allow_change`."""
+    names = flatten(to_dict(config))
+    return [
+        f"allow_change={config.allow_change}: there is no setting {name}"
+        for name in _named(config.allow_change)
+        if not any(_covers(name, field) for field in names)
+    ]
+
+
+def _is_allowed(field: str, allowed: str) -> bool:
+    return any(_covers(name, field) for name in _named(allowed))
+
+
+def _named(allowed: str) -> list[str]:
+    return [name.strip() for name in allowed.split(",") if name.strip()]
+
+
+def _covers(name: str, field: str) -> bool:
+    """A section stands for all its fields."""
+    return field == name or field.startswith(f"{name}.")

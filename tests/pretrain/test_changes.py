@@ -1,0 +1,67 @@
+"""Settings that differ from those of the checkpoint: told, and refused where they change the training unasked."""
+
+import dataclasses
+
+import pytest
+
+from pretrain.changes import FREE, IDENTITY, compare, problems
+from pretrain.config import PretrainConfig, dump_yaml, flatten, parse, to_dict
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(parse(["--optimizer.lr", "1e-3", "--train.steps", "100"])))
+    return path
+
+
+def _now(*arguments: str) -> PretrainConfig:
+    return parse(["--optimizer.lr", "1e-3", "--train.steps", "100", *arguments])
+
+
+def test_nothing_changed_is_nothing_to_tell(saved):
+    assert compare(saved, _now()) == []
+
+
+def test_layout_intervals_and_places_may_change_and_are_told(saved):
+    changes = ["--parallel.tensor", "2", "--zero.stage", "2", "--checkpoint.interval", "7", "--data.path", "elsewhere"]
+    assert compare(saved, _now(*changes)) == [
+        "changed: parallel.tensor: 1 in the checkpoint, 2 now", "changed: zero.stage: 1 in the checkpoint, 2 now",
+        "changed: data.path:  in the checkpoint, elsewhere now", "changed: checkpoint.interval: 0 in the checkpoint, 7 now",
+    ]  # fmt: skip
+
+
+CHANGES = ["--train.steps", "200", "--optimizer.lr", "2e-3", "--schedule.warmup_steps", "5"]
+
+
+def test_what_changes_the_training_must_be_asked_for(saved):
+    with pytest.raises(ValueError) as caught:
+        compare(saved, _now(*CHANGES, "--parallel.tensor", "2"))
+    text = str(caught.value)
+    assert "train.steps: 100 in the checkpoint, 200 now" in text and "optimizer.lr: 0.001 in the checkpoint, 0.002 now" in text
+    assert text.endswith("--allow_change train.steps,optimizer.lr,schedule.warmup_steps") and "parallel" not in text
+    allowed = compare(saved, _now(*CHANGES, "--allow_change", "train.steps, optimizer,schedule.warmup_steps"))
+    assert [line.split(":")[1].strip() for line in allowed] == ["train.steps", "optimizer.lr", "schedule.warmup_steps", "allow_change"]
+    with pytest.raises(ValueError, match="--allow_change optimizer.lr$"):
+        compare(saved, _now(*CHANGES, "--allow_change", "train.steps,schedule"))
+
+
+def test_a_setting_that_came_later_is_no_change(saved):
+    content = saved.read_text()
+    assert "clip: 1.0" in content
+    saved.write_text(content.replace("  clip: 1.0\n", ""))
+    assert compare(saved, _now("--optimizer.clip", "0.5")) == []
+
+
+def test_names_that_do_not_exist_are_told():
+    assert problems(_now("--allow_change", "train.stpes,optimizer")) == [
+        "allow_change=train.stpes,optimizer: there is no setting train.stpes"
+    ]  # fmt: skip
+
+
+def test_every_setting_is_of_one_kind():
+    """A new section must be put somewhere: what is neither free nor compared by identity needs to be allowed."""
+    needs = {name for name in flatten(to_dict(PretrainConfig())) if not name.startswith(FREE + IDENTITY)}
+    fields = {f"optimizer.{field.name}" for field in dataclasses.fields(PretrainConfig().optimizer)}
+    fields |= {f"schedule.{field.name}" for field in dataclasses.fields(PretrainConfig().schedule)}
+    assert needs == fields | {"train.steps"}
