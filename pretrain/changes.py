@@ -18,15 +18,18 @@ IDENTITY = (
 FREE = (
     "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
     "train.check_codes", "train.max_skipped_steps", "train.log_interval", "validation.", "checkpoint.", "tracking.", "output_dir",
-    "device", "resume", "allow_change", "format_version",
+    "device",
 )  # fmt: skip
 """Layout, intervals, places. data.path may move: the manifest's digest is compared."""
+OF_THE_START = ("resume", "allow_change", "format_version")
+"""Said to this start of the run, or of the file."""
 
 
 def compare(saved: Path, config: PretrainConfig) -> list[str]:
     """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
-    changed = [name for name in now if name in before and now[name] != before[name] and not name.startswith(IDENTITY)]
+    compared = [name for name in now if name in before and name not in OF_THE_START and not name.startswith(IDENTITY)]
+    changed = [name for name in compared if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
     refused = [name for name in changed if not name.startswith(FREE) and not _is_allowed(name, config.allow_change)]
     if refused:

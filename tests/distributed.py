@@ -91,7 +91,7 @@ class Pool:
             self._kill()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn") if self.fresh else _forking()
+        context = multiprocessing.get_context("spawn") if self.fresh else forking()
         for rank in range(self.size):
             connection, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs))
@@ -146,8 +146,8 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
         return pool.run(fn, world_size, *args, timeout=timeout)
 
 
-def _forking():
-    """The context of processes that are forked from a server, which has imported `tests.preload` and done nothing else."""
+def forking():
+    """The multiprocessing context of processes forked from a server, which has imported `tests.preload` and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     # What the libraries read when they are imported; of a server that runs already nothing changes.

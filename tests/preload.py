@@ -2,9 +2,14 @@
 
 import gc
 
+import jsonargparse  # noqa: F401
+import mlflow
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
 import megatron_qsparse.models.gpt
 import megatron_qsparse.parallel.checkpoint
 import megatron_qsparse.parallel.zero  # noqa: F401
+import pretrain.run  # noqa: F401
 from megatron_qsparse.compat import deepspeed
 
 deepspeed.load()

@@ -1,4 +1,4 @@
-"""Starting real training processes from tests: torchrun in its own process group, ended by the group it leads."""
+"""Starting real training runs from tests: forked processes where the launcher does not matter, else torchrun in its own process group."""
 
 import contextlib
 import json
@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+
+from tests.pretrain.forked import ForkedRun
 
 TIMEOUT_S = 300
 TINY = [
@@ -41,15 +43,28 @@ def started(command: list[str], **popen) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def train(*args: object, processes: int = 2, **popen) -> str:
+def training(*args: object, processes: int = 2, before: Callable[[int], None] | None = None) -> ForkedRun:
+    """A run at work, to be used in a `with`."""
+    return ForkedRun([*TINY, *(str(arg) for arg in args)], processes, before)
+
+
+def train(*args: object, processes: int = 2) -> str:
     """Run to the end and return the output; the test fails, showing it, where the exit status is not 0."""
-    with started(train_command(*args, processes=processes), **popen) as process:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, output
+    with training(*args, processes=processes) as run:
+        output, _ = run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode == 0, output
     return output
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def fail(*args: object, processes: int = 2) -> str:
+    """Run to the end and return the output; the test fails, showing it, where the exit status is 0."""
+    with training(*args, processes=processes) as run:
+        output, _ = run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen | ForkedRun, run: Path, step: int) -> None:
     """Return as soon as the journal of the run holds this step."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:

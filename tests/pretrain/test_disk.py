@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.launch import TIMEOUT_S, journal, losses, started, train, train_command
+from tests.pretrain.forked import ForkedRun
+from tests.pretrain.launch import TIMEOUT_S, fail, journal, losses, train, training
 
 BATCH = ["--train.global_batch_size", 4, "--validation.samples", 4, "--train.precision", "fp32", "--data.sequence_length", 16]
 CHECKPOINT_MIB = 2.4
@@ -36,20 +37,20 @@ def _names(run: Path) -> list[str]:
 def test_a_full_disk_is_warned_of_and_used_again_when_there_is_room(shards, tmp_path):
     with tmpfs(tmp_path / "disk", 4 * CHECKPOINT_MIB) as disk:
         run, ballast = disk / "run", disk / "ballast"
-        arguments = ["--data.path", shards, *BATCH, "--train.steps", 400, "--checkpoint.interval", 20, "--checkpoint.keep_last", 1]
-        command = train_command(*arguments, "--checkpoint.max_failures", 1000, "--output_dir", run)
-        with started(command) as process:
-            _until(process, lambda: (run / "checkpoints").is_dir() and "step_00000020" in _names(run))
-            ballast.write_bytes(b"0" * int(1.5 * CHECKPOINT_MIB * 2**20))
+        arguments = ["--data.path", shards, *BATCH, "--train.steps", 240, "--checkpoint.interval", 20, "--checkpoint.keep_last", 1]
+        with training(*arguments, "--checkpoint.max_failures", 1000, "--output_dir", run) as process:
+            _until(process, lambda: (run / "checkpoints").is_dir() and [name.partition("_")[0] for name in _names(run)] == ["step"])
+            # Between two saves: room for less than the one kept and another.
+            ballast.write_bytes(b"0" * int(2.3 * CHECKPOINT_MIB * 2**20))
             first = max(losses(run))
             _until(process, lambda: max(losses(run)) > first + 60)
             kept = [name for name in _names(run) if "." not in name]
             ballast.unlink()
             output, _ = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, output
-        assert "No space left on device" in output and "1 of 1000 failures in a row; the last complete one is" in output
+        assert "No space left on device" in output and "1 of 1000 failures in a row; the last complete one is" in output, output
         assert len(kept) == 1 and kept[0] in output
-        assert _names(run) == ["step_00000400"] and sorted(losses(run)) == list(range(1, 401))
+        assert _names(run) == ["step_00000240"] and sorted(losses(run)) == list(range(1, 241))
         assert "is complete" in train(*arguments, "--output_dir", run)
 
 
@@ -59,9 +60,8 @@ def test_after_so_many_failures_the_run_stops_in_words_and_can_go_on(shards, tmp
         arguments = ["--data.path", shards, *BATCH, "--checkpoint.interval", 4, "--checkpoint.milestone_interval", 4, "--output_dir", run]
         more = ["--train.steps", 1000, "--allow_change", "train.steps"]
         train(*arguments, "--train.steps", 4, "--checkpoint.milestone_interval", 0)
-        with started(train_command(*arguments, *more, "--checkpoint.max_failures", 2)) as process:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode != 0 and "Traceback (most" not in output.partition("torch.distributed.elastic")[0]
+        output = fail(*arguments, *more, "--checkpoint.max_failures", 2)
+        assert "Traceback (most" not in output
         assert "error: 2 checkpoints in a row could not be written, the last one because: " in output
         assert "the last complete one is" in output and "No space left on device" in output
         assert _names(run) == ["step_00000004"], "nothing half written stays"
@@ -72,13 +72,11 @@ def test_after_so_many_failures_the_run_stops_in_words_and_can_go_on(shards, tmp
 
 def test_a_last_save_that_fails_is_an_error(shards, tmp_path):
     with tmpfs(tmp_path / "disk", 0.5 * CHECKPOINT_MIB) as disk:
-        with started(train_command("--data.path", shards, *BATCH, "--train.steps", 3, "--output_dir", disk / "run")) as process:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode != 0
+        output = fail("--data.path", shards, *BATCH, "--train.steps", 3, "--output_dir", disk / "run")
         assert "error: the last checkpoint could not be written: there is no complete one yet" in output
 
 
-def _until(process: subprocess.Popen, condition) -> None:
+def _until(process: ForkedRun, condition) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert process.poll() is None, process.stdout.read()

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.lease import FOLDER, DirectoryInUse, Lease, LeaseLost, Owner
 from tests.distributed import run_distributed
-from tests.pretrain.launch import losses, signal_workers, started, train_command, wait_for_step
+from tests.pretrain.launch import fail, losses, training, wait_for_step
 
 PATIENCE = {"interval_s": 0.05, "patience_s": 0.6}
 
@@ -184,15 +184,13 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(sha
     run = tmp_path / "run"
     batch = ["--train.global_batch_size", 4, "--train.steps", 100_000]
     arguments = ["--data.path", shards, *batch, "--output_dir", run]
-    with started(train_command(*arguments, processes=1)) as first:
+    with training(*arguments, processes=1) as first:
         wait_for_step(first, run, 2)
-        with started(train_command(*arguments, processes=1)) as second:
-            output, _ = second.communicate(timeout=300)
-        assert second.returncode != 0
+        output = fail(*arguments, processes=1)
         assert f"error: {run} is in use by process " in output and "choose another output_dir" in output
         reached = max(losses(run))
         wait_for_step(first, run, reached + 2)
-        signal_workers(first, signal.SIGUSR1)
+        first.send_signal(signal.SIGUSR1)
         output, _ = first.communicate(timeout=300)
     assert first.returncode == 0 and "SIGUSR1: checkpoint saved after step" in output, output
     assert sorted(losses(run)) == list(range(1, max(losses(run)) + 1)) and not (run / FOLDER).exists()

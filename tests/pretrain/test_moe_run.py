@@ -1,4 +1,4 @@
-"""The configuration of the mixture of experts, trained by torchrun on two expert-parallel processes, stopped half-way and resumed."""
+"""The configuration of the mixture of experts, trained on two expert-parallel processes, stopped half-way and resumed."""
 
 import shutil
 import subprocess
@@ -6,33 +6,24 @@ import sys
 from pathlib import Path
 
 import pretrain
-from tests.pretrain.launch import TIMEOUT_S, journal, losses, started
+from tests.pretrain.forked import ForkedRun
+from tests.pretrain.launch import TIMEOUT_S, journal, losses
 
 CONFIG = Path(pretrain.__file__).parent / "configs" / "tiny_moe_qsparse.yaml"
 STEPS = 4
 
 
+ARGUMENTS = [
+    *("--config", CONFIG, "--data.sequence_length", 32, "--train.steps", STEPS, "--schedule.warmup_steps", 2, "--train.log_interval", 1),
+    *("--train.micro_batch_size", 2, "--validation.interval", 0, "--validation.samples", 16, "--checkpoint.interval", 2),
+    *("--tracking.enabled", "false", "--tracking.system_metrics", "false", "--device", "cpu"),
+]  # fmt: skip
+
+
 def _train(*args: object, processes: int = 2) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    arguments = [
-        *(
-            "--config",
-            CONFIG,
-            "--data.sequence_length",
-            32,
-            "--train.steps",
-            STEPS,
-            "--schedule.warmup_steps",
-            2,
-            "--train.log_interval",
-            1,
-        ),
-        *("--train.micro_batch_size", 2, "--validation.interval", 0, "--validation.samples", 16, "--checkpoint.interval", 2),
-        *("--tracking.enabled", "false", "--tracking.system_metrics", "false", "--device", "cpu"),
-    ]
-    with started([*launcher, "-m", "pretrain.train", *(str(arg) for arg in (*arguments, *args))]) as process:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, output
+    with ForkedRun([str(arg) for arg in (*ARGUMENTS, *args)], processes) as run:
+        output, _ = run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode == 0, output
     return output
 
 

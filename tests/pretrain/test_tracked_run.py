@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.tracking.__main__ import main as tracking
 from pretrain.tracking.store import connect
-from tests.pretrain.launch import losses, started, train, train_command, wait_for_step
+from tests.pretrain.launch import losses, train, training, wait_for_step
 from tests.tracking.server import Server
 
 STEPS = 60
@@ -36,7 +36,7 @@ def arguments(shards: Path, run: Path, uri: str, steps: int) -> list[object]:
 def test_every_step_is_in_mlflow_once_although_the_server_died(server, shards, tmp_path):
     run = tmp_path / "run"
     server.start()
-    with started(train_command(*arguments(shards, run, server.uri, STEPS))) as process:
+    with training(*arguments(shards, run, server.uri, STEPS)) as process:
         wait_for_step(process, run, 5)
         server.kill()
         wait_for_step(process, run, 25)
@@ -88,7 +88,8 @@ def test_a_failure_during_training_is_failed_in_mlflow(shards, tmp_path):
     copy, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shards, copy)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    with started(train_command(*arguments(copy, run, uri, 400), "--validation.interval", 0, processes=1)) as process:
+    saving = ["--validation.interval", 0, "--checkpoint.interval", 20, "--checkpoint.max_failures", 1]
+    with training(*arguments(copy, run, uri, 400), *saving, processes=1) as process:
         wait_for_step(process, run, 2)
         # A save cannot find its directory: the run dies of an error of its own.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -73,7 +73,11 @@ class _RecordingFileSystem(FileSystem):
                 yield stream
                 return
             recorder = _Recorder(stream)
-            yield recorder
+            try:
+                yield recorder
+            except Exception as error:
+                # torch's archive writer fails once more when it is closed, and with that hides why ("unexpected pos").
+                raise (recorder.failure or error) from None
             recorder.close()
         self.records[Path(path).name] = FileRecord(recorder.size, recorder.digest.hexdigest())
 
@@ -87,10 +91,15 @@ class _Recorder:
 
     def __init__(self, file):
         self._file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.failure: OSError | None = None
         self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, data) -> int:
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         self.digest.update(data)
         self.size += written
         return written
