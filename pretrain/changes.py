@@ -41,6 +41,12 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
     return [f"changed: {line}" for line in lines.values()]
 
 
+def none(saved: Path, config: PretrainConfig) -> bool:
+    """Whether a run with this config.yaml would be trained as this one is: only layout, intervals and places may differ."""
+    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
+    return all(before.get(name) == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
+
+
 def problems(config: PretrainConfig) -> list[str]:
     """What cannot work in `allow_change`."""
     names = flatten(to_dict(config))

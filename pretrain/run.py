@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
@@ -15,6 +16,7 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
+from pretrain import changes
 from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
@@ -27,6 +29,7 @@ from pretrain.hardware import choose_device
 from pretrain.lease import Lease
 from pretrain.resume import of_rank_0, resume, start
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
+from pretrain.tracking.record import RunRecord
 from pretrain.trainer import Trainer, TrainerState
 from pretrain.validate import Validated
 
@@ -78,13 +81,15 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None) -> N
     except ValueError as error:
         raise Refused(str(error)) from error
     state = resumed or TrainerState()
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    if resumed is not None:
+        saving.catch_up(state)
     if state.step >= config.train.steps:
         _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
         if dist.get_rank() == 0:
             settle(config.tracking, config.run_directory)
         return
     tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
-    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
     callbacks = [
         KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
     ]  # fmt: skip
@@ -135,13 +140,17 @@ def _start_tracking(validated: Validated, state: TrainerState, resumed: bool, st
     config, manifest = validated.config, validated.manifest
     directory = config.run_directory
     directory.mkdir(parents=True, exist_ok=True)
+    if not resumed and _was_begun(validated):
+        resumed_from_step = 0
+    else:
+        resumed_from_step = state.step if resumed else None
     (directory / "config.yaml").write_text(dump_yaml(config))
     data = DatasetInput(name=config.data.path, digest=manifest.digest, source=config.data.path, context="training")
     tracker = Tracker(
         config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
         tags=collect_environment() | ({"started_from": str(started_from)} if started_from else {}),
         datasets=[data], artifacts=[directory / "config.yaml"],
-        resumed_from_step=state.step if resumed else None,
+        resumed_from_step=resumed_from_step,
     )  # fmt: skip
     count = parameters(validated.model, subln=config.bitnet.subln)
     _say(
@@ -158,6 +167,17 @@ def _start_tracking(validated: Validated, state: TrainerState, resumed: bool, st
             {"model/parameters": count.total, "data/validation_unigram_entropy": unigram_entropy(config.data.path, "validation")}, step=0
         )
     return tracker
+
+
+def _was_begun(validated: Validated) -> bool:
+    """Whether the run directory holds this very run, killed before its first checkpoint: starting over, it stays one run in MLflow."""
+    directory = validated.config.run_directory
+    try:
+        record = RunRecord.load(directory)
+        same = changes.none(directory / "config.yaml", validated.config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return same and record.status != "FINISHED" and any(data.digest == validated.manifest.digest for data in record.datasets)
 
 
 def _say(text: str) -> None:

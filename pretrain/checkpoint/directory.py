@@ -87,7 +87,8 @@ class CheckpointDirectory:
             for left in self.path.glob(f"*{REMOVED}"):
                 if left != replaced:
                     _restore_or_remove(left)
-            old = self.superfluous(self.keep_last, newest=published) if kind_of(published) == "step" else []
+            # After a milestone too: what was just restored may be one that was being removed when the process died.
+            old = self.superfluous(self.keep_last, newest=published)
         except OSError as error:
             self.warn(f"{self.path} could not be looked through for old checkpoints: {error}")
             return
