@@ -33,7 +33,7 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
     path, state = found
     if not checkpoint.load(engine, path / STATE_NAME) and dist.get_rank() == 0:
         directory.warn(
-            f"{path} was written at another layout or on another kind of device: random number generators start anew "
+            f"{path} was written at another layout, on another kind of device or by an older version: random number generators start anew "
             "(nothing of this project draws from them)"
         )
     return TrainerState(**state)

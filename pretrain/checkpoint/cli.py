@@ -88,11 +88,12 @@ def _verified(found: Sequence[Path]) -> dict[Path, list[str]]:
     """Damages of each checkpoint, by all bytes; one that a run at work removes meanwhile is left out, and that is told."""
     from data_tools.progress import Progress
     from pretrain.checkpoint.files import damages, size
+    from pretrain.checkpoint.inspection import unreadable
 
     problems = {}
     with Progress("verify", sum(map(size, found))) as progress:
         for checkpoint in found:
-            lines = list(damages(checkpoint, contents=True, progress=progress.update))
+            lines = list(damages(checkpoint, contents=True, progress=progress.update)) or list(filter(None, [unreadable(checkpoint)]))
             if lines and not checkpoint.is_dir():
                 print(f"note: {checkpoint} was removed meanwhile", file=sys.stderr)
             else:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_qsparse.parallel.metadata import read_contents
 from pretrain.checkpoint import files
 from pretrain.checkpoint.content import TrainerRecord
 from pretrain.checkpoint.directory import KINDS, PARTIAL, REMOVED, STATE_NAME, CheckpointDirectory, kind_of, step_of
@@ -119,7 +120,7 @@ def _published_name(path: Path) -> Path:
 
 
 def description(checkpoint: Path) -> dict[str, Any]:
-    """Everything that `show` prints, as plain values. Imports torch, to read the tensors' names.
+    """Everything that `show` prints, as plain values.
 
     Raises ValueError or OSError where the checkpoint is damaged or newer than this code.
     """
@@ -139,14 +140,16 @@ def description(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(state: Path) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of every stored tensor by its name on disk; layers are stacked, the layer number is the first axis."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+def unreadable(checkpoint: Path) -> str | None:
+    """Why the table of its tensors cannot be read, although every byte is what was written; None where it can."""
+    try:
+        read_contents(checkpoint / STATE_NAME)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
-    stored = FileSystemReader(state).read_metadata().state_dict_metadata
-    return {
-        name: {"shape": list(item.size), "dtype": str(item.properties.dtype).removeprefix("torch.")}
-        for name, item in sorted(stored.items())
-        if isinstance(item, TensorStorageMetadata)
-    }
+
+def _tensors(state: Path) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every stored tensor by its name on disk, generator states apart; layers are stacked along the first axis."""
+    tensors = read_contents(state).tensors
+    return {name: {"shape": list(item.size), "dtype": item.dtype} for name, item in sorted(tensors.items()) if not name.startswith("rng.")}
