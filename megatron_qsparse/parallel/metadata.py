@@ -1,6 +1,6 @@
 """What a stored state holds: its table of contents, .metadata, read without running anything that it names.
 
-torch.distributed.checkpoint writes that file with pickle and reads it with pickle.load (FileSystemReader.read_metadata, torch 2.8 to
+torch.distributed.checkpoint writes that file with pickle and reads it with pickle.load (FileSystemReader.read_metadata, up to torch
 2.13): whoever hands over a checkpoint then decides what runs here. This reader knows the names that such a file needs and refuses all
 others. None of them becomes the class itself: each stands for an inert holder of what the file puts in, and torch's objects are
 made from that once it is found to be in order. Imports torch only where its objects are asked for.
