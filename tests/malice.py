@@ -36,7 +36,7 @@ def attacks(canary: Path) -> dict[str, tuple[Any, str]]:
         "plain": (system, "system"),
         "partial": (Call(Call(functools.partial, os.system, command)), "functools.partial"),
         "getattr": (Call(Call(getattr, Call(builtins.__import__, "os"), "system"), command), "getattr"),
-        "load_from_bytes": (Call(torch.storage._load_from_bytes, saved(system)), "torch.storage._load_from_bytes"),
+        "load_from_bytes": (Call(torch.storage._load_from_bytes, saved(system)), "load_from_bytes"),
     }
 
 
