@@ -52,7 +52,10 @@ class TrainerRecord:
             content = json.loads((checkpoint / TRAINER_NAME).read_text())
             version = int(content["format_version"])
             if version <= FORMAT_VERSION:
-                return cls(**content)
-        except (ValueError, KeyError, TypeError) as error:
+                record = cls(**content)
+                if type(record.state.get("step")) is not int or not isinstance(record.identity, dict):
+                    raise TypeError("it tells neither the step nor what the run is")
+                return record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{checkpoint / TRAINER_NAME} was not written by this project ({type(error).__name__}: {error})") from error
         raise ValueError(f"{checkpoint} was written by a newer version of this project ({TRAINER_NAME} format {version})")

@@ -39,7 +39,7 @@ def checkpoints_directory(path: Path) -> Path:
         if candidate.is_dir() and any(kind_of(_published_name(child)) for child in candidate.iterdir()):
             return candidate
     reason = "holds no checkpoints" if path.is_dir() else "is no directory"
-    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ or, for show and verify, one checkpoint in it")
+    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ folder, or one checkpoint in it")
 
 
 def checkpoints(path: Path) -> list[Path]:

@@ -78,6 +78,20 @@ def test_no_road_into_a_state_runs_code(pool, whole, tmp_path):
     assert canary.exists()
 
 
+def test_what_is_stored_otherwise_than_the_contents_say_is_refused_in_words(pool, whole, tmp_path):
+    def without_places(metadata: Metadata) -> None:
+        metadata.storage_data = {}
+
+    states = [Path(shutil.copytree(whole[0], tmp_path / name)) for name in ("shape", "places", "cut", "object")]
+    malice.in_tensors(states[0], torch.zeros(3))
+    malice.in_tensors(states[3], {"no": "tensor"})
+    malice.rewrite_metadata(states[1], without_places)
+    (states[2] / "__0_0.distcp").write_bytes((states[2] / "__0_0.distcp").read_bytes()[:100])
+    found = pool.run(_try, 1, states)[0]
+    for state, file, errors in zip(states, ("__0_0.distcp", METADATA_NAME, "__0_0.distcp", "__0_0.distcp"), found, strict=True):
+        assert len(errors) == 3 and all(error.startswith(f"{state / file} cannot be read (") for error in errors), errors
+
+
 def _load_pickled_generators(rank: int, state: Path) -> dict:
     from megatron_qsparse.parallel import checkpoint
 

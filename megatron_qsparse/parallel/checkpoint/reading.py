@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_qsparse.parallel.checkpoint.places import Place
 from megatron_qsparse.parallel.checkpoint.snapshot import FORMAT_VERSION
 from megatron_qsparse.parallel.checkpoint.writing import COMMON_NAME
-from megatron_qsparse.parallel.metadata import read_metadata
+from megatron_qsparse.parallel.metadata import METADATA_NAME, read_metadata
 
 
 class Reader:
@@ -84,10 +84,14 @@ class Reader:
             self._files.read_data(plan, planner).wait()
         except pickle.UnpicklingError as error:
             raise ValueError(f"{self._sources(plan)} {_refusal(error)}") from error
+        except (AssertionError, LookupError, EOFError, RuntimeError, TypeError, AttributeError) as error:
+            # Checksums were right: whoever wrote it has stored something else than .metadata says.
+            raise ValueError(f"{self._sources(plan)} cannot be read ({type(error).__name__}: {error})") from error
 
     def _sources(self, plan: LoadPlan) -> str:
         """The files that a plan reads."""
-        names = {self._metadata.storage_data[item.storage_index].relative_path for item in plan.items}
+        places = (self._metadata.storage_data.get(item.storage_index) for item in plan.items)
+        names = {METADATA_NAME if place is None else place.relative_path for place in places}
         return " or ".join(str(self.directory / name) for name in sorted(names))
 
 
