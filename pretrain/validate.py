@@ -14,6 +14,7 @@ from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.presets import apply_preset
 from pretrain.changes import problems as change_problems
 from pretrain.config import FORMAT_VERSION, PretrainConfig
+from pretrain.run_directory import problems as directory_problems
 from pretrain.start import problems as start_problems
 
 
@@ -52,6 +53,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += _schedule_problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
+    problems += directory_problems(config.run_directory)
     model = None
     try:
         model = apply_preset(config.model, manifest.vocab_size if manifest else None)
