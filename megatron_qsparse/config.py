@@ -217,4 +217,19 @@ def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], num_layers: 
             found.append(f"qsparse.block_m={qsparse.block_m} does not divide the {share} input features of {projection} on a rank")
         if qsparse.mode == "groups" and row and width % qsparse.groups:
             found.append(f"qsparse.groups={qsparse.groups} does not divide the {width} input features of {projection}")
-    return found
+    return found or _dense_after_all(qsparse, sparse, num_layers)
+
+
+def _dense_after_all(qsparse: QSparseConfig, widths: dict[str, int], num_layers: int) -> list[str]:
+    """A kept fraction that rounds to every feature of a slice: sparse by its settings, and a dense run."""
+    found = {}
+    for projection, width in widths.items():
+        for layer in range(num_layers):
+            settings = resolve(layer, num_layers, projection, width, qsparse, BitNetConfig())
+            size = width // settings.groups
+            if settings.sparse and settings.k(width) == size:
+                found[projection] = (
+                    f"{projection} keeps all {size} features of each slice at a kept fraction of {float(settings.keep):g}: lower "
+                    "qsparse.keep, or choose larger slices (smaller qsparse.groups, larger qsparse.block_m)"
+                )
+    return list(found.values())

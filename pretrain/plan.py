@@ -5,7 +5,6 @@
 Exit status 0 where the run could start, 2 where something must be changed first.
 """
 
-import os
 import sys
 
 from data_tools.manifest import Manifest
@@ -19,7 +18,9 @@ from megatron_qsparse.models.accounting import (
 )
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_rank
-from pretrain.config import PretrainConfig, make_parser, to_config
+from pretrain import launcher
+from pretrain.arguments import make_parser, read, to_config
+from pretrain.config import ConfigurationError, PretrainConfig
 from pretrain.validate import examine
 
 GIB = 2**30
@@ -27,8 +28,12 @@ GIB = 2**30
 
 def main(args: list[str] | None = None) -> int:
     parser = make_parser(prog="python -m pretrain.plan", description=__doc__)
-    parser.add_argument("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="processes of the whole run")
-    values = parser.instantiate(parser.parse_args(args))
+    try:
+        parser.add_argument("--world_size", type=int, default=launcher.world_size(), help="processes of the whole run")
+        values = read(parser, args, more={"world_size": int})
+    except ConfigurationError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
     config, world_size = to_config(values), values["world_size"]
     problems, model, manifest = examine(config, world_size)
     for title, rows in sections(config, world_size, model, manifest):

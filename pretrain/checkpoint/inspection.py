@@ -36,7 +36,7 @@ def checkpoints_directory(path: Path) -> Path:
         if candidate.is_dir() and any(kind_of(_published_name(child)) for child in candidate.iterdir()):
             return candidate
     reason = "holds no checkpoints" if path.is_dir() else "is no directory"
-    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ or, for show and verify, one checkpoint in it")
+    raise NoCheckpoint(f"{path} {reason}: name a run directory or its checkpoints/ folder")
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -47,7 +47,7 @@ def checkpoints(path: Path) -> list[Path]:
     directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
     found = [checkpoint for kind in KINDS for checkpoint in directory.published(kind)]
     if not found:
-        raise NoCheckpoint(f"{path} holds no finished checkpoint")
+        raise NoCheckpoint(f"{path} holds no finished checkpoint: choose another run directory")
     return found
 
 
@@ -63,7 +63,7 @@ def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) 
         if damage is None:
             return checkpoint
         if checkpoint == path.resolve():
-            raise NoCheckpoint(f"{path} is damaged: {damage}")
+            raise NoCheckpoint(f"{path} is damaged: {damage}: choose another checkpoint, or copy this one again")
         warn(f"{checkpoint} is newer and damaged ({damage})")
     raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
