@@ -45,13 +45,17 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
 def problems(config: PretrainConfig) -> list[str]:
     """What cannot work in `allow_change`."""
     names, found = flatten(to_dict(config)), []
+    if not config.allow_change.isprintable():
+        # Told by pretrain.validation.texts.
+        return found
     if config.allow_change and config.resume == "never":
         found.append(f"allow_change={config.allow_change} has no effect with resume=never: leave one of them out")
     for name in _named(config.allow_change):
         meant = [field for field in names if _covers(name, field)]
         if not meant:
             close = get_close_matches(name, [*names, *(field.partition(".")[0] for field in names)], n=1)
-            found.append(f"allow_change={config.allow_change}: there is no setting {name}{f'; did you mean {close[0]}?' if close else ''}")
+            hint = f"; did you mean {close[0]}?" if close else ": correct it"
+            found.append(f"allow_change={config.allow_change}: there is no setting {name}{hint}")
         elif all(field.startswith(IDENTITY) for field in meant):
             found.append(f"allow_change={config.allow_change}: {name} is part of what the run is and never changes: leave it out, or "
                          "start another run (checkpoint.start_from takes weights)")  # fmt: skip

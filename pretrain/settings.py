@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9]){0,17})")
+INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9]){0,18})")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
 BOOLEANS = ("true", "false", "yes", "no", "on", "off")
@@ -185,7 +185,7 @@ def _mapping_mistakes(kind: type, node: yaml.MappingNode, name: str, settings: t
             yield from node_mistakes(fields[written], value, full, settings, base)
         elif name and name not in {item.name for item in dataclasses.fields(settings)}:
             # In an element of a list: no setting of its own.
-            yield Mistake(f"{name} has no field {shown(written)}: they are {', '.join(fields)}", line)
+            yield Mistake(f"{name} has no field {shown(written)}: choose from {', '.join(fields)}", line)
         else:
             yield Mistake(unknown(full, settings), line)
     for item in dataclasses.fields(kind):

@@ -108,5 +108,5 @@ def _resume_problems(config: PretrainConfig) -> list[str]:
     if config.resume == "never" and found:
         return [f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out"]
     if config.resume == "required" and not found:
-        return [f"{directory.path} holds no checkpoint and resume=required: is output_dir right?"]
+        return [f"{directory.path} holds no checkpoint and resume=required: correct output_dir, or set resume=auto to begin"]
     return []

@@ -37,14 +37,14 @@ def batch_problems(config: PretrainConfig, world_size: int) -> list[str]:
     if train.global_batch_size % (train.micro_batch_size * data_parallel):
         at_once = train.micro_batch_size * data_parallel
         found.append(f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-                     f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {at_once}")  # fmt: skip
+                     f"{train.micro_batch_size} * {data_parallel} data-parallel ranks = {at_once}: change one of them")  # fmt: skip
     elif parallel.virtual_pipeline > 1 and train.global_batch_size // (train.micro_batch_size * data_parallel) % parallel.pipeline:
         micro_batches = train.global_batch_size // (train.micro_batch_size * data_parallel)
         found.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the {micro_batches} micro-batches of a rank to be a "
                      f"multiple of parallel.pipeline={parallel.pipeline}: change train.global_batch_size")  # fmt: skip
     if parallel.sequence and config.data.sequence_length % parallel.tensor:
         found.append(f"data.sequence_length={config.data.sequence_length} is not divisible by parallel.tensor={parallel.tensor}, "
-                     "as parallel.sequence=true needs")  # fmt: skip
+                     "as parallel.sequence=true needs: change one of them")  # fmt: skip
     return found
 
 
@@ -55,18 +55,18 @@ def model_problems(config: PretrainConfig, model: ModelConfig) -> list[str]:
     mlp = ("moe_ffn_hidden_size", "moe_shared_expert_ffn_hidden_size") if model.num_experts else ("ffn_hidden_size",)
     for name in ("num_attention_heads", *mlp, "vocab_size"):
         if getattr(model, name) % parallel.tensor:
-            found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={parallel.tensor}")
+            found.append(f"model.{name}={getattr(model, name)} is not divisible by parallel.tensor={parallel.tensor}: change one of them")
     if model.num_query_groups % parallel.tensor and parallel.tensor % model.num_query_groups:
         found.append(f"model.num_query_groups={model.num_query_groups} and parallel.tensor={parallel.tensor}: one must divide the other")
     elif (outputs := projection_shapes(model)["attention.qkv"][0]) % parallel.tensor:
         found.append(f"{outputs} outputs of attention.qkv (model.num_attention_heads={model.num_attention_heads}, model.num_query_groups="
-                     f"{model.num_query_groups}) are not divisible by parallel.tensor={parallel.tensor}")  # fmt: skip
+                     f"{model.num_query_groups}) are not divisible by parallel.tensor={parallel.tensor}: change one of them")  # fmt: skip
     if model.num_layers % parallel.pipeline:
-        found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}")
+        found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline}: change one of them")
     elif parallel.pipeline > 1 and model.num_layers % (parallel.pipeline * max(1, parallel.virtual_pipeline)):
         chunks = parallel.pipeline * parallel.virtual_pipeline
         found.append(f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline={parallel.pipeline} * "
-                     f"parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks")  # fmt: skip
+                     f"parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks: change one of them")  # fmt: skip
     if model.tied_embeddings and parallel.pipeline > 1 and config.zero.stage == 2:
         found.append(f"zero.stage=2 cannot tie embeddings over parallel.pipeline={parallel.pipeline} stages "
                      "(model.tied_embeddings=true): it has scattered the gradients of the two copies before they can be added; "
@@ -109,10 +109,10 @@ def expert_problems(config: PretrainConfig, model: ModelConfig, world_size: int)
     if min(parallel.tensor, parallel.pipeline, parallel.expert, world_size) < 1:
         return found
     if experts % parallel.expert:
-        found.append(f"model.num_experts={experts} is not divisible by parallel.expert={parallel.expert}")
+        found.append(f"model.num_experts={experts} is not divisible by parallel.expert={parallel.expert}: change one of them")
     model_ranks = parallel.tensor * parallel.pipeline
     data_parallel = world_size // model_ranks
     if world_size % model_ranks == 0 and data_parallel % parallel.expert:
         found.append(f"parallel.expert={parallel.expert} does not divide the {data_parallel} data-parallel ranks of {world_size} processes "
-                     f"with parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline}")  # fmt: skip
+                     f"with parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline}: change one of them")  # fmt: skip
     return found

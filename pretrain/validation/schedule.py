@@ -6,9 +6,9 @@ from pretrain.config import PretrainConfig
 def problems(config: PretrainConfig) -> list[str]:
     schedule, steps, found = config.schedule, config.train.steps, []
     if schedule.warmup_steps > steps:
-        found.append(f"schedule.warmup_steps={schedule.warmup_steps} is longer than the run, train.steps={steps}")
+        found.append(f"schedule.warmup_steps={schedule.warmup_steps} is longer than the run, train.steps={steps}: shorten it")
     if schedule.min_lr > config.optimizer.lr >= 0:
-        found.append(f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}")
+        found.append(f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     uses = {
         "power": ("polynomial",),
         "decay_steps": ("wsd",),
@@ -19,7 +19,8 @@ def problems(config: PretrainConfig) -> list[str]:
     for name, kinds in uses.items():
         value = getattr(schedule, name)
         if value != getattr(defaults, name) and schedule.kind not in kinds:
-            found.append(f"schedule.{name}={value} has no effect with schedule.kind={schedule.kind}; it belongs to {' and '.join(kinds)}")
+            found.append(f"schedule.{name}={value} has no effect with schedule.kind={schedule.kind}: leave it out, since it belongs to "
+                         f"{' and '.join(kinds)}")  # fmt: skip
     if schedule.kind == "wsd" and not 0 < schedule.decay_steps <= steps:
         found.append(f"schedule.decay_steps={schedule.decay_steps} must lie in 1 .. train.steps={steps} with schedule.kind=wsd")
     if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:

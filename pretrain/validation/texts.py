@@ -61,7 +61,7 @@ def _path_problems(config: PretrainConfig) -> Iterator[str]:
 def _path_problem(text: str) -> str | None:
     encoded = text.encode(errors="replace")
     if len(encoded) > PATH_BYTES or any(len(part) > NAME_BYTES for part in encoded.split(b"/")):
-        return f"is too long: a path has at most {PATH_BYTES} bytes, each name in it {NAME_BYTES}"
+        return f"is too long: shorten it, since a path has at most {PATH_BYTES} bytes and each name in it {NAME_BYTES}"
     if (text.startswith("~") or "$" in text) and text.isprintable() and not os.path.lexists(text):
         return "is taken as it stands, since only a shell replaces ~ and $VARIABLES: write the whole path"
     return None
@@ -71,7 +71,7 @@ def _name_problems(config: PretrainConfig) -> Iterator[str]:
     tracking = config.tracking
     for name, value in (("tracking.run_name", tracking.run_name), ("tracking.experiment", tracking.experiment)):
         if len(value) > MLFLOW_NAME:
-            yield f"{name}={_shortened(value)} is too long: at most {MLFLOW_NAME} characters"
+            yield f"{name}={_shortened(value)} is too long: shorten it to {MLFLOW_NAME} characters"
     if config.output_dir or not tracking.run_name:
         return
     name = tracking.run_name
