@@ -114,7 +114,21 @@ def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | Non
     if manifest is not None:
         available = manifest.tokens("train")
         rows.append(("data", f"{available:,} training tokens: {train.steps * tokens / available:.2f} epochs"))
+        rows.append(("validation", validation_text(config, manifest)))
     return rows
+
+
+def validation_text(config: PretrainConfig, manifest: Manifest) -> str:
+    """How many samples are measured, which may be fewer than asked for, and when."""
+    asked, batch, interval = config.validation.samples, config.train.global_batch_size, config.validation.interval
+    found = sum((shard.tokens - 1) // config.data.sequence_length for shard in manifest.shards_of("validation"))
+    used = max(batch, min(asked, found) // batch * batch)
+    why = "" if used == asked else f" ({asked} asked for, {found} there, in whole batches of {batch})"
+    return f"{used} samples{why}, {moments(interval, config.train.steps)}"
+
+
+def moments(interval: int, steps: int) -> str:
+    return f"every {interval:,} steps and after the last" if 0 < interval < steps else "after the last step only"
 
 
 def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
@@ -135,10 +149,15 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
     if interval > 0:
         number, size = config.train.steps // interval, checkpoint_bytes(model, precision, config.bitnet.subln, weights_only=True)
         milestones = [("milestones", f"{number} of {size / GIB:.3f} GiB, {number * size / GIB:.3f} GiB in the end, all kept")]
+    saves = moments(config.checkpoint.interval, config.train.steps)
+    if not 0 < config.checkpoint.interval < config.train.steps:
+        begins = "begins again, since milestones hold no optimizer state" if interval > 0 else "begins again"
+        saves = f"after the last step and on a signal only: a run that dies before {begins} (see checkpoint.interval)"
     return [
         *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
         ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "
                        f"the {config.checkpoint.keep_last} kept"),
+        ("saved", saves),
         *milestones,
     ]  # fmt: skip
 

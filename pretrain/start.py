@@ -44,7 +44,7 @@ def problems(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> 
     except NoCheckpoint as error:
         return [f"checkpoint.start_from: {error}"]
     except (ValueError, OSError) as error:
-        return [f"checkpoint.start_from: {error}: choose another checkpoint, or copy this one again"]
+        return [f"checkpoint.start_from: {error}: choose another checkpoint"]
     here = json.loads(json.dumps(define(config, model, manifest)))
     found = differences(_network(saved), _network(here))
     return [f"checkpoint.start_from: {checkpoint} holds another network: {line}; restore that setting" for line in found]

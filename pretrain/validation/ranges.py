@@ -56,7 +56,7 @@ RANGES = {
     "model.init_std": Range(0, 100.0, open_low=True, note="weights that are all 0 stay 0"), "model.num_experts": Range(0, 2**16),
     "model.moe_router_topk": LAYERS, "model.moe_ffn_hidden_size": WIDTH, "model.moe_shared_expert_ffn_hidden_size": Range(0, 2**24),
     "model.moe_aux_loss_coeff": NOT_NEGATIVE,
-    "qsparse.keep": Range(0, 1.0, open_low=True, note="the kept fraction, in (0, 1]; 1.0 is dense"),
+    "qsparse.keep": Range(0, 1.0, open_low=True, note="the kept fraction; 1.0 is dense"),
     "qsparse.groups": WIDTH, "qsparse.block_n": WIDTH, "qsparse.block_m": WIDTH,
     "parallel.tensor": COUNT, "parallel.pipeline": COUNT, "parallel.virtual_pipeline": COUNT, "parallel.expert": COUNT,
     "data.sequence_length": Range(1, 2**26), "data.window_shards": COUNT,

@@ -4,15 +4,21 @@ The wrong ones are generated from the fields of the dataclasses (tests/pretrain/
 refused than must be.
 """
 
+import copy
 import json
+import math
 import re
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pretrain.config import parse
+from pretrain.validate import examine
+from pretrain.validation.ranges import RANGES
 from tests.pretrain import wrong
 from tests.pretrain.wrong import COMBINATIONS, LEAVES, Case
 
@@ -78,3 +84,22 @@ def test_settings_that_do_not_go_together_are_refused(rule, shards, tmp_path_fac
         check(case, wrong.outcome(case, str(shards), folder, in_file=False))
 
     refused()
+
+
+def test_numbers_that_no_parser_has_seen_are_refused_too(shards):
+    """A configuration can be made in Python."""
+    base = parse([f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in wrong.base(str(shards)).items()])
+    for name, allowed in RANGES.items():
+        values = [allowed.high * 10, -1, *([math.nan, math.inf, -math.inf] if isinstance(allowed.high, float) else [])]
+        for value in values:
+            config = copy.deepcopy(base)
+            *section, field = name.split(".")
+            setattr(reduce(getattr, section, config), field, value)
+            problems, _, _ = examine(config, 1)
+            assert any(problem.startswith(f"{name}={value} ") for problem in problems), f"{name}={value}: {problems}"
+
+
+def test_a_field_without_a_range_is_asked_for(monkeypatch):
+    monkeypatch.setitem(wrong.LEAVES, "train.new", int)
+    with pytest.raises(AssertionError, match="train.new: give it a range"):
+        wrong.single_cases()
