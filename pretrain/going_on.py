@@ -50,13 +50,11 @@ def beginning(
     not change unnoticed, where every checkpoint is damaged, and where `resume` asks for something else; OSError where they cannot
     be read.
     """
-    if config.resume == "never" and directory.published():
-        raise ValueError(f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out")
+    if problem := resume_problem(config, directory):
+        raise ValueError(problem)
     path = directory.newest(contents)
     if path is not None:
         return Beginning(checkpoint=path, state=_state(path, config, model, manifest, directory, say))
-    if config.resume == "required":
-        raise ValueError(f"{directory.path} holds no checkpoint and resume=required: is output_dir right?")
     if milestones := directory.published("milestone"):
         raise ValueError(
             f"{directory.path} holds milestones, the last of step {step_of(milestones[-1])}, but no checkpoint to go on from, and a run "
@@ -68,6 +66,16 @@ def beginning(
             raise ValueError(f"checkpoint.start_from: {weights} is not a complete checkpoint ({problem})")
         _compare_numerics(weights, TrainerRecord.read(weights), directory)
     return Beginning(weights=weights)
+
+
+def resume_problem(config: PretrainConfig, directory: CheckpointDirectory) -> str | None:
+    """What `resume` asks for and the run directory does not hold. Raises OSError where it cannot be read."""
+    published = config.resume != "auto" and directory.published()
+    if config.resume == "never" and published:
+        return f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out"
+    if config.resume == "required" and not published:
+        return f"{directory.path} holds no checkpoint and resume=required: correct output_dir, or set resume=auto to begin"
+    return None
 
 
 def _state(

@@ -50,7 +50,7 @@ def checkpoints(path: Path) -> list[Path]:
     directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
     found = [checkpoint for kind in KINDS for checkpoint in directory.published(kind)]
     if not found:
-        raise NoCheckpoint(f"{path} holds no finished checkpoint")
+        raise NoCheckpoint(f"{path} holds no finished checkpoint: choose another run directory")
     return found
 
 
@@ -66,7 +66,7 @@ def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) 
         if damage is None:
             return checkpoint
         if checkpoint == path.resolve():
-            raise NoCheckpoint(f"{path} is damaged: {damage}")
+            raise NoCheckpoint(f"{path} is damaged: {damage}: choose another checkpoint, or copy this one again")
         warn(f"{checkpoint} is newer and damaged ({damage})")
     raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
