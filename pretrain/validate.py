@@ -14,7 +14,6 @@ from pretrain.changes import problems as change_problems
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import ConfigurationError, PretrainConfig
 from pretrain.going_on import resume_problem
-from pretrain.run_directory import problems as directory_problems
 from pretrain.start import problems as start_problems
 from pretrain.validation import layout, ranges, schedule, texts
 
@@ -51,7 +50,6 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += schedule.problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
-    problems += directory_problems(config.run_directory)
     model = None
     if not any(name.startswith("model.") for name in numbers):
         try:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from pretrain.config import PretrainConfig, flatten, to_dict
+from pretrain.run_directory import problems as directory_problems
 
 NAME_BYTES, PATH_BYTES = 255, 4095
 """Of a name in a folder and of a path, on Linux."""
@@ -44,18 +45,8 @@ def _path_problems(config: PretrainConfig) -> Iterator[str]:
         if problem := _path_problem(value):
             yield f"{name}={_shortened(value)} {problem}"
     directory = config.run_directory
-    if not usable_path(str(directory)) or not usable_path(config.output_dir):
-        return
-    where = "output_dir" if config.output_dir else f"output_dir (unset: {directory})"
-    try:
-        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            kind = "a link to nothing" if existing.is_symlink() and not existing.exists() else "a file"
-            yield f"{where}: {existing} is {kind}, and a directory is needed: choose another output_dir"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield f"{where}: {existing} cannot be written: choose another output_dir, or change its permissions"
-    except OSError as error:
-        yield f"{where}: {error}: choose another output_dir"
+    if usable_path(str(directory)) and usable_path(config.output_dir):
+        yield from directory_problems(directory, "output_dir" if config.output_dir else f"output_dir (unset: {directory})")
 
 
 def _path_problem(text: str) -> str | None:
