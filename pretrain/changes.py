@@ -7,8 +7,7 @@ logs is free. Everything else changes what is trained from here on and must be a
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
-
+from pretrain.checkpoint.content import read_settings
 from pretrain.config import PretrainConfig, flatten, to_dict
 
 IDENTITY = (
@@ -28,7 +27,7 @@ OF_THE_START = ("resume", "allow_change", "format_version")
 
 def compare(saved: Path, config: PretrainConfig) -> list[str]:
     """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
-    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
+    before, now = read_settings(saved), flatten(to_dict(config))
     compared = [name for name in now if name in before and name not in OF_THE_START and not name.startswith(IDENTITY)]
     changed = [name for name in compared if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
@@ -40,6 +39,12 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
             f"{','.join(refused)}"
         )
     return [f"changed: {line}" for line in lines.values()]
+
+
+def none(saved: Path, config: PretrainConfig) -> bool:
+    """Whether a run with this config.yaml would be trained as this one is: only layout, intervals and places may differ."""
+    before, now = read_settings(saved), flatten(to_dict(config))
+    return all(before.get(name) == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
 
 
 def problems(config: PretrainConfig) -> list[str]:

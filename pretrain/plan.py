@@ -1,4 +1,4 @@
-"""What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, and every problem found.
+"""What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, what lies in its directory, every problem.
 
     python -m pretrain.plan --config pretrain/configs/tiny_qsparse.yaml --world_size 16 [--section.field value ...]
 
@@ -21,6 +21,7 @@ from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_
 from pretrain import launcher
 from pretrain.arguments import make_parser, read, to_config
 from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.outlook import look
 from pretrain.validate import examine
 
 GIB = 2**30
@@ -38,9 +39,17 @@ def main(args: list[str] | None = None) -> int:
     problems, model, manifest = examine(config, world_size)
     for title, rows in sections(config, world_size, model, manifest):
         print(f"{title}\n{table(rows)}\n")
+    complete = False
+    if not problems:
+        outlook = look(config, model, manifest)
+        print(f"run directory\n{table(outlook.rows)}\n")
+        for warning in outlook.warnings:
+            print(f"warning: {warning}")
+        problems, complete = outlook.problems, outlook.complete
     for problem in problems:
         print(f"problem: {problem}")
-    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found" if problems else "no problems found: this run can start")
+    fine = f"no problems found: this run {'is complete' if complete else 'can start'}"
+    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found" if problems else fine)
     return 2 if problems else 0
 
 

@@ -1,8 +1,8 @@
 """One process of a run: groups, model, engine, data, callbacks, loop, and an orderly end."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
+from pretrain import changes
 from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
@@ -23,10 +24,13 @@ from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
+from pretrain.going_on import Beginning, beginning
 from pretrain.hardware import choose_device
 from pretrain.lease import Lease
-from pretrain.resume import of_rank_0, resume, start
+from pretrain.resume import load, of_rank_0
+from pretrain.run_directory import own, writing
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
+from pretrain.tracking.record import RunRecord
 from pretrain.trainer import Trainer, TrainerState
 from pretrain.validate import Validated
 
@@ -50,7 +54,7 @@ def run(validated: Validated) -> int:
         torch.use_deterministic_algorithms(True)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
-        _own(lease)
+        _refusing(lambda: own(lease, _say))
         _train(validated, device, lease)
     finally:
         if lease is not None:
@@ -59,10 +63,10 @@ def run(validated: Validated) -> int:
     return 0
 
 
-def _own(lease: Lease | None) -> None:
-    """lease: rank 0's. Collective."""
+def _refusing(action: Callable[[], Any]) -> Any:
+    """What it returns on rank 0, on every rank; raises Refused on all where it cannot be done. Collective."""
     try:
-        of_rank_0(lambda: lease.acquire(_say))
+        return of_rank_0(action)
     except ValueError as error:
         raise Refused(str(error)) from error
 
@@ -70,21 +74,25 @@ def _own(lease: Lease | None) -> None:
 def _train(validated: Validated, device: torch.device, lease: Lease | None) -> None:
     config = validated.config
     signals = StopOnSignal(device)
-    engine = build_engine(validated, device)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
+    where = _refusing(lambda: beginning(config, validated.model, validated.manifest, checkpoints, _say))
+    engine = build_engine(validated, device)
     try:
-        resumed = resume(engine, checkpoints, validated)
-        started_from = start(engine, checkpoints, validated) if resumed is None else None
+        state = load(engine, where, checkpoints)
     except ValueError as error:
         raise Refused(str(error)) from error
-    state = resumed or TrainerState()
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    if where.checkpoint is not None:
+        saving.catch_up(state)
     if state.step >= config.train.steps:
         _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
         if dist.get_rank() == 0:
             settle(config.tracking, config.run_directory)
         return
-    tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
-    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    trackers: list[Tracker] = []
+    # The other ranks would wait for one that fails here, deaf to signals.
+    _refusing(lambda: trackers.append(_start_tracking(validated, state, where)))
+    tracker = trackers[0] if trackers else None
     callbacks = [
         KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
     ]  # fmt: skip
@@ -131,33 +139,45 @@ def _batches(validated: Validated, state: TrainerState, device: torch.device) ->
         yield batch["tokens"].to(device)
 
 
-def _start_tracking(validated: Validated, state: TrainerState, resumed: bool, started_from: Path | None) -> Tracker:
+def _start_tracking(validated: Validated, state: TrainerState, where: Beginning) -> Tracker:
     config, manifest = validated.config, validated.manifest
     directory = config.run_directory
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump_yaml(config))
     data = DatasetInput(name=config.data.path, digest=manifest.digest, source=config.data.path, context="training")
-    tracker = Tracker(
-        config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
-        tags=collect_environment() | ({"started_from": str(started_from)} if started_from else {}),
-        datasets=[data], artifacts=[directory / "config.yaml"],
-        resumed_from_step=state.step if resumed else None,
-    )  # fmt: skip
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        resumed_from_step = state.step if where.checkpoint else 0 if _was_begun(validated) else None
+        (directory / "config.yaml").write_text(dump_yaml(config))
+        tracker = Tracker(
+            config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
+            tags=collect_environment() | ({"started_from": str(where.weights)} if where.weights else {}),
+            datasets=[data], artifacts=[directory / "config.yaml"], resumed_from_step=resumed_from_step,
+        )  # fmt: skip
     count = parameters(validated.model, subln=config.bitnet.subln)
     _say(
         f"{directory}: {count.total:,} parameters ({count.linear:,} in the layers' linears), {dist.get_world_size()} processes, "
         f"{validated.data_parallel} data-parallel, {validated.num_micro_batches} micro-batches of {config.train.micro_batch_size} "
         f"samples each, {config.train.global_batch_size * config.data.sequence_length:,} tokens a step"
     )
-    if started_from:
-        _say(f"starting with the weights of {started_from}")
-    if resumed:
+    if where.weights:
+        _say(f"starting with the weights of {where.weights}")
+    if where.checkpoint:
         _say(f"going on after step {state.step}, {state.consumed_samples:,} samples")
     if tracker.is_new_run:
         tracker.log(
             {"model/parameters": count.total, "data/validation_unigram_entropy": unigram_entropy(config.data.path, "validation")}, step=0
         )
     return tracker
+
+
+def _was_begun(validated: Validated) -> bool:
+    """Whether the run directory holds this very run, killed before its first checkpoint: starting over, it stays one run in MLflow."""
+    directory = validated.config.run_directory
+    try:
+        record = RunRecord.load(directory)
+        same = changes.none(directory / "config.yaml", validated.config)
+    except (OSError, ValueError):
+        return False
+    return same and record.status != "FINISHED" and any(data.digest == validated.manifest.digest for data in record.datasets)
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,8 @@ from megatron_qsparse.models.presets import apply_preset
 from pretrain.changes import problems as change_problems
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.going_on import resume_problem
+from pretrain.run_directory import problems as directory_problems
 from pretrain.start import problems as start_problems
 from pretrain.validation import layout, ranges, schedule, texts
 
@@ -49,6 +51,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += schedule.problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
+    problems += directory_problems(config.run_directory)
     model = None
     if not any(name.startswith("model.") for name in numbers):
         try:
@@ -97,16 +100,12 @@ def _data_problems(config: PretrainConfig, counted: bool) -> tuple[list[str], Ma
 
 
 def _resume_problems(config: PretrainConfig) -> list[str]:
-    """What `resume` asks for and the run directory does not hold; `pretrain.resume` looks again, with all processes."""
-    if config.resume == "auto" or not texts.usable_path(str(config.run_directory)):
+    """The run looks again once it owns the directory."""
+    if not texts.usable_path(str(config.run_directory)):
         return []
     directory = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
     try:
-        found = directory.published()
+        problem = resume_problem(config, directory)
     except OSError as error:
-        return [f"output_dir: {error}: choose another output_dir"]
-    if config.resume == "never" and found:
-        return [f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out"]
-    if config.resume == "required" and not found:
-        return [f"{directory.path} holds no checkpoint and resume=required: correct output_dir, or set resume=auto to begin"]
-    return []
+        problem = f"output_dir: {error}: choose another output_dir"
+    return [problem] if problem else []

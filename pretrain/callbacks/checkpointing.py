@@ -11,9 +11,10 @@ from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind
+from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind, step_of
 from pretrain.identity import NUMERICS_VERSION, identity
 from pretrain.lease import Lease
+from pretrain.resume import of_rank_0
 from pretrain.tracking.shipper import RUN_ID_NAME
 from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
@@ -35,6 +36,14 @@ class SaveCheckpoints(Callback):
         self.saver = Saver(engine)
         self.failures = 0
         """In a row."""
+
+    def catch_up(self, state: TrainerState) -> None:
+        """Write the milestone of the step that a run goes on from, where it was killed between the two. Collective."""
+        if not _is_due(state.step, self.settings.milestone_interval):
+            return
+        if of_rank_0(lambda: all(step_of(path) != state.step for path in self.directory.complete("milestone"))):
+            self._save(state, ["milestone"])
+            self._ended(self.saver.wait)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Raises Stopped where too many saves have failed in a row, or the last one; checkpoints that were complete are still there."""

@@ -82,7 +82,8 @@ class Tracker:
         datasets: data sets the run reads.
         artifacts: existing files to upload, such as config.yaml, under their names, which must differ; copied at once.
         resumed_from_step: step of the checkpoint that training goes on from: the journal is cut behind it and the MLflow
-            run goes on. None starts a new run; what an earlier one left in the directory moves to `previous/N`.
+            run goes on; 0 where the run was killed before its first one. None starts a new run; what an earlier one left in
+            the directory moves to `previous/N`.
 
     Attributes:
         is_new_run: the run's first line (parameter counts and the like, at step 0) is still to be logged: the run begins,
@@ -127,7 +128,7 @@ class Tracker:
                 (self._directory / STATE_NAME).unlink(missing_ok=True)
                 record.begin(params, tags, datasets, artifacts, self._directory)
         record.save(self._directory)
-        self.is_new_run = not record.journal_bytes_at_resume and first_step(metrics_path) != 0
+        self.is_new_run = first_step(metrics_path) != 0 and (resumed_from_step == 0 or not record.journal_bytes_at_resume)
         self._record = record
         self._journal = Journal(metrics_path)
         interval = config.system_metrics_interval_s

@@ -41,6 +41,8 @@ class ForkedRun:
         ]
         for process in self.processes:
             process.start()
+        self.together = False
+        """Whether all die with the first that does, as on a machine that loses power; else the others are asked to end."""
         self._told: float | None = None
         self.returncode: int | None = None
 
@@ -79,7 +81,7 @@ class ForkedRun:
     def _end_others(self) -> None:
         if self._told is None:
             self._told = time.monotonic()
-            self.send_signal(signal.SIGTERM)
+            self.send_signal(signal.SIGKILL if self.together else signal.SIGTERM)
         elif time.monotonic() - self._told > GRACE_S:
             self.send_signal(signal.SIGKILL)
 
