@@ -109,7 +109,9 @@ def _kind(name: str, more: Mapping[str, type]) -> Any:
 
 def _flag_mistakes(kind: Any, name: str, text: str) -> list[Mistake]:
     if kind is str:
-        return []
+        # An added name is read as YAML.
+        read_as_text = name in settings.leaves(PretrainConfig) or not (text.startswith("{") or text.lower() in settings.NULLS)
+        return [] if read_as_text else [Mistake(f"{name}={settings.shown(text)}: text is needed: choose another one")]
     if not dataclasses.is_dataclass(kind) and getattr(kind, "__origin__", None) not in (list, dict):
         # Nothing at all unsets nothing: that is `null`.
         wrong = settings.scalar_mistake(kind, text) or ("'': a value is needed" if not text else None)

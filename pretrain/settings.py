@@ -6,6 +6,7 @@ be and what goes together is told by `pretrain.validate`.
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -112,7 +113,7 @@ def node_mistakes(kind: Any, node: yaml.Node, name: str, settings: type, base: P
     if dataclasses.is_dataclass(kind):
         if isinstance(node, yaml.MappingNode):
             yield from _mapping_mistakes(kind, node, name, settings, base)
-        elif isinstance(node, yaml.ScalarNode) and node.value and (base / node.value).is_file():
+        elif isinstance(node, yaml.ScalarNode) and node.value and os.path.isfile(base / node.value):
             yield from file_mistakes(kind, base / node.value, name, settings)
         else:
             yield Mistake(f"{name or 'the file'} must be a mapping of settings, such as {_example(kind)}; found {_found(node)}", line)
@@ -124,6 +125,9 @@ def node_mistakes(kind: Any, node: yaml.Node, name: str, settings: type, base: P
             yield from node_mistakes(typing.get_args(kind)[0], item, f"{name}[{i}]", settings, base)
     elif typing.get_origin(kind) is dict and isinstance(node, yaml.MappingNode):
         key_kind, value_kind = typing.get_args(kind)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for twice in sorted({key for key in names if names.count(key) > 1}):
+            yield Mistake(f"{name}.{twice} is written twice: remove one", line)
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or (wrong := scalar_mistake(key_kind, key.value, key.style is None)):
                 yield Mistake(
@@ -137,17 +141,19 @@ def node_mistakes(kind: Any, node: yaml.Node, name: str, settings: type, base: P
 
 def file_mistakes(kind: type, path: Path, name: str, settings: type) -> Iterator[Mistake]:
     """Everything wrong with a YAML file that says the section `name`, or all settings where that is ""."""
-    if not path.exists():
+    if not os.path.lexists(path):
         yield Mistake("there is no such file: check the path", file=path)
         return
-    if not path.is_file():
-        yield Mistake("this is a directory: name a YAML file in it", file=path)
+    if not os.path.isfile(path):
+        what = "this is a directory: name a YAML file in it" if os.path.isdir(path) else "this is no plain file: name a YAML file"
+        yield Mistake(what, file=path)
         return
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        yield Mistake(f"this is no YAML: {_one_line(error.problem or error.context or error)}", mark.line + 1 if mark else None, path)
+        what = ", ".join(filter(None, (error.context, error.problem))) or str(error)
+        yield Mistake(f"this is no YAML: {_one_line(what)}", mark.line + 1 if mark else None, path)
         return
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         yield Mistake(f"this is no YAML file that can be read: {_one_line(error)}", file=path)

@@ -49,9 +49,10 @@ WRITTEN = {
     "two sections": ("train:\n  steps: 5\ndata: {}\ntrain:\n  seed: 1\n", ["line 4: train is written twice, in lines 1 and 4: remove one"]),
     "no mapping": ("- a\n- b\n", ["line 1: the file must hold a mapping of settings, such as `model: {preset: ...}`; found a list"]),
     "nothing under a section": ("train:\n", ["line 1: train must be a mapping of settings, such as `{steps: ...}`; found nothing"]),
-    "not closed": ("train:\n  steps: [3\n", ["line 3: this is no YAML: expected ',' or ']'"]),
-    "a tab": ("train:\n\tsteps: 3\n", ["line 2: this is no YAML: found character"]),
+    "not closed": ("train:\n  steps: [3\n", ["line 3: this is no YAML: while parsing a flow sequence, expected ',' or ']'"]),
+    "a tab": ("train:\n\tsteps: 3\n", ["line 2: this is no YAML: while scanning for the next token, found character"]),
     "a NUL": ("train: \0\n", ["this is no YAML file that can be read: unacceptable character #x0000"]),
+    "two documents": ("train: {}\n---\ndata: {}\n", ["line 2: this is no YAML: expected a single document"]),
     "empty": ("", ["the file is empty: write settings into it, or leave it out"]),
     "itself": ("train: &a\n  <<: *a\n", ["line 2: train is merged into itself: remove the line"]),
 }  # fmt: skip
@@ -73,6 +74,8 @@ def test_a_file_that_is_none(tmp_path):
     for path, told in (
         (tmp_path / "nowhere.yaml", "there is no such file"),
         (tmp_path, "this is a directory: name a YAML file"),
+        (tmp_path / ("x" * 300), "there is no such file"),
+        ("/dev/null", "this is no plain file"),
         (tmp_path / "latin", "this is no YAML file that can be read: 'utf-8' codec"),
     ):
         message = refused(run("pretrain.train", "--config", path))

@@ -11,8 +11,9 @@ from pretrain.settings import leaves
 from pretrain.validate import examine, validate
 from pretrain.validation.ranges import RANGES
 from tests.pretrain import wrong
+from tests.pretrain.combinations import EXPERTS
 
-SPARSE, EXPERTS = {"qsparse.keep": 0.4}, wrong.EXPERTS
+SPARSE = {"qsparse.keep": 0.4}
 TENSOR, PIPELINE, ALL_FOUR = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, 4
 Changes = dict[str, object]
 

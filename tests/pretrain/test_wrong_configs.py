@@ -1,7 +1,7 @@
 """No wrong configuration starts: each is refused in words that name the setting and what to do, before torch is even imported.
 
-The wrong ones are generated from the fields of the dataclasses (tests/pretrain/wrong.py); the right ones show that not more is
-refused than must be.
+The wrong ones are generated from the fields of the dataclasses (wrong.py) and from the rules (combinations.py); test_right_configs.py
+shows that not more is refused than must be.
 """
 
 import copy
@@ -20,7 +20,8 @@ from pretrain.config import parse
 from pretrain.validate import examine
 from pretrain.validation.ranges import RANGES
 from tests.pretrain import wrong
-from tests.pretrain.wrong import COMBINATIONS, LEAVES, Case
+from tests.pretrain.combinations import COMBINATIONS
+from tests.pretrain.wrong import LEAVES, Case
 
 REMEDY = re.compile(
     r"\b(must|is needed|needs a value|choose|use|set|lower|raise|leave|name|write|remove|did you mean|shorten|change|add|start|copy|move)\b"
