@@ -74,4 +74,4 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove the environments and the quickstart's output
-	rm -rf $(VENV) .venv-py312 quickstart invariance.md
+	rm -rf $(VENV) .venv-py312 quickstart invariance.md .prebuilt

@@ -93,8 +93,12 @@ def _main(options: argparse.Namespace) -> None:
         raise Refused("packages of the environment that were to be left alone have changed: " + "; ".join(touched))
     if result.returncode:
         raise Refused("pip could not install everything:\n  " + "\n  ".join(errors(result.stdout)))
-    hidden = [f"{name} {after[name].version} in {after[name].location}" for name, new in plan.versions.items() if after[name].version != new]
-    imported = _python("import pretrain.run, megatron.core; print(megatron.core.__version__)", "the project was installed, but does not import")
+    hidden = [
+        f"{name} {after[name].version} in {after[name].location}" for name, new in plan.versions.items() if after[name].version != new
+    ]
+    imported = _python(
+        "import pretrain.run, megatron.core; print(megatron.core.__version__)", "the project was installed, but does not import"
+    )
     if imported != after["megatron-core"].version:
         hidden.append(f"megatron-core {imported}")
     if hidden:
@@ -168,7 +172,9 @@ def _no_solution(resolution: Resolution, held: dict[str, str], pip: Pip) -> str:
         return f"pip could not find out what to install:\n  {reasons}"
     named = [f"{name} {version}" for name, version in held.items() if re.search(rf"\b{re.escape(name)}\b", reasons)]
     if named:
-        remedy = f"pip would have to change {', '.join(named)}, which is left alone. Use an environment with other versions, or `make install`"
+        remedy = (
+            f"pip would have to change {', '.join(named)}, which is left alone. Use an environment with other versions, or `make install`"
+        )
     elif pip.offline is not None:
         remedy = f"{pip.offline} lacks it: make a wheelhouse in an environment like this one with `make wheelhouse FOR=current`"
     else:
@@ -182,7 +188,9 @@ def _environment_problems(writes: bool) -> list[str]:
     problems = []
     version = importlib.metadata.version("pip")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
-        problems.append(f"pip {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed: `python -m pip install --upgrade pip`, in a container too")
+        problems.append(
+            f"pip {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed: `python -m pip install --upgrade pip`, in a container too"
+        )
     if not writes:
         return problems
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
@@ -204,7 +212,9 @@ def _may_break_system_packages() -> bool:
 def _warn(rows: list[Row]) -> None:
     untested = [f"{row.name} {row.found}" for row in rows if row.verdict == "untested"]
     if untested:
-        print(f"warning: not tested with this project: {', '.join(untested)}; it may work: `python -m pretrain.quickstart --steps 20` tells")
+        print(
+            f"warning: not tested with this project: {', '.join(untested)}; it may work: `python -m pretrain.quickstart --steps 20` tells"
+        )
 
 
 def _show(plan: Plan, before: dict[str, Installed]) -> None:
@@ -214,7 +224,9 @@ def _show(plan: Plan, before: dict[str, Installed]) -> None:
     for name, version in sorted(plan.left_out.items()):
         print(f"left out: {name} {version}, which a package asks for and this environment does without")
     if plan.untested:
-        print("at other versions than tested: " + ", ".join(f"{name} {version} ({pins()[name]})" for name, version in plan.untested.items()))
+        print(
+            "at other versions than tested: " + ", ".join(f"{name} {version} ({pins()[name]})" for name, version in plan.untested.items())
+        )
 
 
 def _collect(pip: Pip, plan: Plan, folder: Path, before: dict[str, Installed]) -> None:

@@ -29,7 +29,8 @@ fi
 
 # One line that counts, instead of some hundred; errors go to stderr and are shown.
 pip() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt "${offline[@]}" "$@" |
+  # -I: neither PYTHONPATH nor metadata beside the sources, left by an earlier installation, are of this environment.
+  "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-compile -c constraints.txt "${offline[@]}" "$@" |
     awk '/^Collecting|^Processing|^Downloading|^Installing/ {printf "  %3d  %.60s\n", ++n, $0; fflush()}'
 }
 

@@ -68,7 +68,9 @@ def build_requirements() -> list[str]:
 
 def pins() -> dict[str, str]:
     """Tested version of each package of constraints.txt, for this Python."""
-    return {canonical(one.name): next(iter(one.specifier)).version for one in _applicable((ROOT / "constraints.txt").read_text().splitlines())}
+    return {
+        canonical(one.name): next(iter(one.specifier)).version for one in _applicable((ROOT / "constraints.txt").read_text().splitlines())
+    }
 
 
 def _applicable(lines: Iterable[str]) -> list[Requirement]:

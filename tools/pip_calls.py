@@ -12,6 +12,7 @@ from pathlib import Path
 OLDEST = (22, 3)
 """Of pip: the first whose --dry-run --report is what is read here."""
 _PROGRESS = re.compile(r"^\s*(Collecting|Processing|Downloading|Saved|Building wheel for|Installing collected)")
+_FOLDERS = re.compile(r"(file:/)?/\S*/")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Pip:
     def run(self, *args: str, progress: bool = False) -> subprocess.CompletedProcess:
         """args: a subcommand of pip's and its options. stdout of the result is both streams."""
         command = [self.python, "-m", "pip", *args]
-        environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+        # The metadata beside the sources, left by an earlier installation, is not of this environment.
+        environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PYTHONSAFEPATH="1")
         if self.offline is not None:
             command += ["--no-index", "--find-links", str(self.offline.absolute())]
             for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
@@ -36,7 +38,7 @@ class Pip:
             lines.append(line)
             if progress and _PROGRESS.match(line):
                 count += 1
-                print(f"  {count:3}  {line.strip():.60}", flush=True)
+                print(f"  {count:3}  {_FOLDERS.sub('', line.strip()):.70}", flush=True)
         return subprocess.CompletedProcess(command, process.wait(), "".join(lines), "")
 
     def resolve(self, wanted: list[str], constraints: list[str]) -> "Resolution":
@@ -71,7 +73,9 @@ class Resolution:
     @property
     def blamed(self) -> set[str]:
         """Packages that a conflict names as cause, or that are to be had in no version that was asked for; names as pip writes them."""
-        found = re.findall(r"^\s+(?:The user requested \(constraint\) )?([A-Za-z0-9._-]+?)(?:\[\S*\])?(?:==\S+| \S+ depends on .*)$", self.output, re.M)
+        found = re.findall(
+            r"^\s+(?:The user requested \(constraint\) )?([A-Za-z0-9._-]+?)(?:\[\S*\])?(?:==\S+| \S+ depends on .*)$", self.output, re.M
+        )
         return {*found, *re.findall(r"No matching distribution found for ([A-Za-z0-9._-]+)", self.output)}
 
 

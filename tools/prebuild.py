@@ -65,7 +65,9 @@ def _main(cache: Path, variants: list[str]) -> None:
         for variable, folder in folders.items():
             print(f"  export {variable}={folder}  # {len(contents(folder))} files")
     else:
-        print(f"nothing is compiled on this device ({where}): {len(variants)} models trained {STEPS} steps each with no compiler to be found")
+        print(
+            f"nothing is compiled on this device ({where}): {len(variants)} models trained {STEPS} steps each with no compiler to be found"
+        )
     if not devices:
         print("no GPU here: what a GPU's first step compiles can only be compiled, and looked for, on a machine with one: run this there")
     print(f"done in {time.monotonic() - started:.0f} s")
@@ -73,7 +75,9 @@ def _main(cache: Path, variants: list[str]) -> None:
 
 def _bytecode() -> None:
     """The project's own; pip and make install see to that of the packages."""
-    missing = [name for name in ("megatron_qsparse", "pretrain", "data_tools") if not compileall.compile_dir(ROOT / name, quiet=2, workers=0)]
+    missing = [
+        name for name in ("megatron_qsparse", "pretrain", "data_tools") if not compileall.compile_dir(ROOT / name, quiet=2, workers=0)
+    ]
     if missing:
         print(f"bytecode: {', '.join(missing)} in {ROOT} cannot be compiled in place (read-only?); Python does without, at each start")
     else:

@@ -51,7 +51,9 @@ def table(found: dict[str, Installed]) -> list[Row]:
 def printed(rows: list[Row]) -> str:
     cells = [("package", "found", "tested", ""), *((row.name, row.found, row.tested, row.verdict) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
-    return "\n".join("  ".join([*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join([*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip() for line in cells
+    )
 
 
 def refusals(found: dict[str, Installed]) -> list[str]:
@@ -72,7 +74,8 @@ def refusals(found: dict[str, Installed]) -> list[str]:
             problems.append(
                 f"{name} {package.version} is installed here, {_wanted(need)} is needed: it is not replaced, as other code of this "
                 "environment may need it. Install into a virtual environment on top of it: `python -m venv --system-site-packages "
-                f"DIR; source DIR/bin/activate; make install-into-current`; or, where nothing else uses it, `python -m pip uninstall {name}` first"
+                "DIR; source DIR/bin/activate; make install-into-current`; or, where nothing else uses it, take it out with "
+                f"`python -m pip uninstall {name}`"
             )
         elif is_protected(name):
             problems.append(

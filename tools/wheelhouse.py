@@ -132,7 +132,9 @@ def check(folder: Path, needs_torch: bool) -> None:
     here = set(sys_tags())
     unfit = [name for name in files if not parse_wheel_filename(name)[3] & here]
     if unfit:
-        raise Unusable(f"{folder}: {', '.join(unfit[:5])} cannot be used on this machine (an older C library?): make the folder on one like it")
+        raise Unusable(
+            f"{folder}: {', '.join(unfit[:5])} cannot be used on this machine (an older C library?): make the folder on one like it"
+        )
 
 
 def _read(folder: Path) -> dict:

@@ -104,10 +104,11 @@ class Miniature:
         with zipfile.ZipFile(wheel(scratch, name, version, list(requires))) as archive:
             archive.extractall(target or self.packages)
 
-    def finish_wheels(self, beside: dict[str, str] | None = None, python: Path | None = None) -> None:
+    def finish_wheels(self, beside: dict[str, str] | None = None) -> None:
         """Make the wheels a wheelhouse."""
-        code = f"from pathlib import Path; from tools.wheelhouse import finish; finish(Path({str(self.wheels)!r}), {beside or {}!r}, Path('wheels'))"
-        subprocess.run([python or self.python, "-c", code], cwd=self.project, check=True, capture_output=True)
+        finish = f"finish(Path({str(self.wheels)!r}), {beside or {}!r}, Path('wheels'))"
+        code = f"from pathlib import Path; from tools.wheelhouse import finish; {finish}"
+        subprocess.run([self.python, "-c", code], cwd=self.project, check=True, capture_output=True)
 
     def install(self, *args: object, before: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
         """`make install-into-current OFFLINE=wheels`; stdout holds both streams."""

@@ -10,15 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("Makefile", "README.md", "LICENSE", "constraints.txt", "setup.cfg", "pyproject.toml", "tools", "megatron_qsparse", "pretrain", "data_tools")
+SOURCES = ("Makefile", "README.md", "LICENSE", "constraints.txt", "setup.cfg", "pyproject.toml", "ruff.toml")
+PACKAGES = ("tools", "megatron_qsparse", "pretrain", "data_tools")
 OTHER_TORCH = "2.12.0a0+site"
 """As containers name theirs: a pre-release by its version."""
 OTHER_NUMPY = "2.2.6"
 OFFLINE = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
 
 
-def run(*command: object, **options) -> str:
-    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200, **options)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""Nothing is found but what is installed."""
+
+
+def run(*command: object, env: dict[str, str] = ENVIRONMENT, **options) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200, **options
+    )
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -28,7 +35,9 @@ def project(tmp_path_factory) -> Path:
     """A copy of the sources: an installation writes its metadata beside them."""
     folder = tmp_path_factory.mktemp("project")
     for name in SOURCES:
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+        shutil.copy(ROOT / name, folder)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name)
     return folder
 
 
@@ -77,14 +86,16 @@ def versions(site: Path) -> str:
 def state(site: Path) -> dict[str, tuple[int, int]]:
     """Size and time of writing of every file of torch and numpy."""
     packages = next(site.glob("lib/python3.*/site-packages"))
-    files = [path for pattern in ("torch*", "numpy*") for folder in packages.glob(pattern) for path in folder.rglob("*") if path.suffix != ".pyc"]
+    files = [
+        path for pattern in ("torch*", "numpy*") for folder in packages.glob(pattern) for path in folder.rglob("*") if path.suffix != ".pyc"
+    ]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(1800)
 def test_into_an_environment_with_another_torch(project, site, tmp_path):
-    environment = {**os.environ, "PATH": f"{site / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "PATH": f"{site / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     before, files = versions(site), state(site)
     assert importlib.metadata.version("torch") not in before
     lacking = tmp_path / "lacking"
@@ -93,6 +104,7 @@ def test_into_an_environment_with_another_torch(project, site, tmp_path):
     assert not list(lacking.glob("torch-*")) and not list(lacking.glob("numpy-*")) and list(lacking.glob("deepspeed-*.whl"))
     installed = run(*OFFLINE, "make", "install-into-current", f"OFFLINE={lacking}", cwd=project, env=environment)
     print(installed)
+    print(run(site / "bin" / "python", "-m", "pip", "check"))
     assert "untouched: torch" in installed and versions(site) == before and state(site) == files
 
     corpus = tmp_path / "corpus.jsonl"
@@ -120,7 +132,7 @@ def test_an_environment_of_its_own_without_a_network(project, wheelhouse, tmp_pa
     print(run(*make, "install", cwd=project))
     print(run(*make, "lint", cwd=project))
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-c", "import pretrain.run", cwd=tmp_path)
+    assert str(project) in run(python, "-c", "import pretrain.run; print(pretrain.run.__file__)", cwd=tmp_path)
     assert "No broken requirements" in run(python, "-m", "pip", "check")
 
 

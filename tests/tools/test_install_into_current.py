@@ -26,13 +26,24 @@ def test_what_is_protected_stays_and_other_pins_give_way(miniature):
     result = small.install()
     output, versions = result.stdout, small.versions()
     assert result.returncode == 0, output
-    assert row(output, "torch") == ["torch", "2.9.0a0+site", "2.13.0", "untested"] and row(output, "numpy")[1:] == ["1.26.4", "2.4.6", "untested"]
+    assert row(output, "torch") == ["torch", "2.9.0a0+site", "2.13.0", "untested"] and row(output, "numpy")[1:] == [
+        "1.26.4",
+        "2.4.6",
+        "untested",
+    ]
     assert row(output, "megatron-core")[1:] == ["-", "0.16.1", "to", "be", "installed"]
     assert "warning: not tested with this project: torch 2.9.0a0+site, numpy 1.26.4" in output
     assert "at other versions than tested: pandas 2.3.0 (3.1.1)" in output
     assert "to be replaced: tqdm 4.0 by 4.70" in output and "left out: torchvision 0.25" in output
     assert "untouched: torch 2.9.0a0+site, numpy 1.26.4" in output
-    wanted = {"torch": "2.9.0a0+site", "numpy": "1.26.4", "nvidia-nccl-cu13": "2.29.7", "megatron-core": "0.16.1", "pandas": "2.3.0", "tqdm": "4.70"}
+    wanted = {
+        "torch": "2.9.0a0+site",
+        "numpy": "1.26.4",
+        "nvidia-nccl-cu13": "2.29.7",
+        "megatron-core": "0.16.1",
+        "pandas": "2.3.0",
+        "tqdm": "4.70",
+    }
     assert wanted.items() <= versions.items() and "torchvision" not in versions and "megatron-qsparse" in versions
     again = small.install()
     assert again.returncode == 0 and "to be added: 0 packages" in again.stdout, again.stdout
@@ -56,7 +67,10 @@ def test_a_plan_changes_nothing(miniature):
         ({"torch": "2.8.0a0+ngc"}, ["torch 2.8.0a0+ngc is installed here"]),
         (
             {"torch": "2.13.0", "megatron_core": "0.14.0"},
-            ["megatron-core 0.14.0 is installed here, megatron-core <0.17,>=0.16.1 is needed: it is not replaced", "venv --system-site-packages"],
+            [
+                "megatron-core 0.14.0 is installed here, megatron-core <0.17,>=0.16.1 is needed: it is not replaced",
+                "venv --system-site-packages",
+            ],
         ),
         ({"torch": "2.13.0", "deepspeed": "0.20.1"}, ["deepspeed 0.20.1 is installed here", "pip uninstall deepspeed"]),
     ],
@@ -93,7 +107,9 @@ def test_what_python_path_puts_before_it_is_told(miniature, tmp_path):
     small.offers_all()
     small.finish_wheels()
     result = small.install(PYTHONPATH=str(tmp_path / "Megatron-LM"))
-    assert result.returncode == 1 and "Python finds megatron-core 0.14.0 first: take its folder out of PYTHONPATH" in result.stdout, result.stdout
+    assert result.returncode == 1 and "Python finds megatron-core 0.14.0 first: take its folder out of PYTHONPATH" in result.stdout, (
+        result.stdout
+    )
 
 
 def test_constraints_of_the_environment_go_before_the_tested_versions(miniature, tmp_path):
@@ -114,7 +130,10 @@ def test_where_nothing_fits_the_package_in_the_way_is_named(miniature):
     before = small.versions()
     result = small.install()
     assert result.returncode == 1 and "Traceback" not in result.stdout, result.stdout
-    assert "pip would have to change numpy 1.26.4, which is left alone" in result.stdout and "mlflow 3.17.2 depends on numpy>=2" in result.stdout
+    assert (
+        "pip would have to change numpy 1.26.4, which is left alone" in result.stdout
+        and "mlflow 3.17.2 depends on numpy>=2" in result.stdout
+    )
     assert small.versions() == before
     (small.wheels / "deepspeed-0.19.8-py3-none-any.whl").unlink()
     small.offers("mlflow", "3.17.2")
@@ -129,7 +148,9 @@ def test_a_torch_that_does_not_import_is_told_at_once(miniature):
     small.offers_all()
     small.finish_wheels()
     result = small.install()
-    assert result.returncode == 1 and "torch 2.9.0a0+site does not import here: ImportError: libcudart.so.13" in result.stdout, result.stdout
+    assert result.returncode == 1 and "torch 2.9.0a0+site does not import here: ImportError: libcudart.so.13" in result.stdout, (
+        result.stdout
+    )
 
 
 def test_an_environment_of_the_operating_system_is_left_alone(miniature, tmp_path):
@@ -149,7 +170,10 @@ print(tool._environment_problems(writes=True))
     told = subprocess.run(command, cwd=small.project, env=environment, capture_output=True, text=True, check=True).stdout
     assert "is managed by the operating system's packages" in told and "venv --system-site-packages" in told
     environment["PIP_BREAK_SYSTEM_PACKAGES"] = "1"
-    assert "operating system" not in subprocess.run(command, cwd=small.project, env=environment, capture_output=True, text=True, check=True).stdout
+    assert (
+        "operating system"
+        not in subprocess.run(command, cwd=small.project, env=environment, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_a_read_only_environment_is_told_with_the_way_out(miniature):
@@ -163,7 +187,9 @@ def test_a_read_only_environment_is_told_with_the_way_out(miniature):
     else:
         bind = f'mount --bind "{small.packages}" "{small.packages}" && mount -o remount,ro,bind "{small.packages}" && exec "$@"'
         result = small.install(before=("unshare", "--mount", "sh", "-c", bind, "sh"))
-    assert result.returncode == 1 and "cannot be written to" in result.stdout and "venv --system-site-packages" in result.stdout, result.stdout
+    assert result.returncode == 1 and "cannot be written to" in result.stdout and "venv --system-site-packages" in result.stdout, (
+        result.stdout
+    )
     assert not list(small.packages.glob("deepspeed*"))
 
 
@@ -191,7 +217,11 @@ def test_a_change_of_a_protected_package_is_found(miniature, change, told):
 
 def script(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", "tools/install_into_current.sh"], cwd=folder, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True
+        ["bash", "tools/install_into_current.sh"],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
     )
 
 

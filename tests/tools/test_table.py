@@ -26,7 +26,16 @@ def test_verdict(found, expected):
 
 
 def test_what_is_protected():
-    for name in ("torch", "Torch_TensorRT", "transformer_engine_torch", "nvidia-cublas-cu12", "flash_attn", "numpy", "triton", "pytorch-triton-rocm"):
+    for name in (
+        "torch",
+        "Torch_TensorRT",
+        "transformer_engine_torch",
+        "nvidia-cublas-cu12",
+        "flash_attn",
+        "numpy",
+        "triton",
+        "pytorch-triton-rocm",
+    ):
         assert is_protected(name), name
     for name in ("torchmetrics", "numpydoc", "deepspeed", "megatron-core", "pandas"):
         assert not is_protected(name), name

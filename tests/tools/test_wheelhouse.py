@@ -42,7 +42,10 @@ def test_whole(house):
         (lambda small: (small.wheels / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda small: (small.wheels / "manifest.json").unlink(), "manifest.json: No such file or directory: OFFLINE names a folder"),
         (lambda small: (small.wheels / "torch-2.13.0-py3-none-any.whl").unlink(), "torch-2.13.0-py3-none-any.whl is missing"),
-        (lambda small: (small.wheels / "numpy-2.4.6-py3-none-any.whl").open("r+b").write(b"x"), "numpy-2.4.6-py3-none-any.whl is cut or changed"),
+        (
+            lambda small: (small.wheels / "numpy-2.4.6-py3-none-any.whl").open("r+b").write(b"x"),
+            "numpy-2.4.6-py3-none-any.whl is cut or changed",
+        ),
     ],
     ids=["python", "platform", "project", "format", "current", "manifest", "no manifest", "missing", "changed"],
 )
