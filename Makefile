@@ -6,6 +6,7 @@
 #   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Quickstart")
 #   OFFLINE=DIR                  install from this folder of `make wheelhouse`, without any network
 #   WHEELHOUSE=DIR FOR=current   where `make wheelhouse` collects, and that it is for an environment that has torch itself
+#   PLAN=1                       `make install-into-current` shows what it would do, and stops
 #   CACHE=DIR                    where `make prebuild` puts what it compiles
 
 SHELL := /bin/bash
@@ -40,7 +41,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 install-into-current: ## into the active environment, leaving its torch, numpy and CUDA packages alone
-	@PYTHON="$(CURRENT)" bash tools/install_into_current.sh $(if $(OFFLINE),--offline "$(OFFLINE)")
+	@PYTHON="$(CURRENT)" bash tools/install_into_current.sh $(if $(OFFLINE),--offline "$(OFFLINE)") $(if $(PLAN),--plan)
 
 wheelhouse: ## a folder of every wheel, for `make install OFFLINE=DIR`; FOR=current: what the active environment lacks
 	@PYTHON="$(if $(filter current,$(FOR)),$(CURRENT),$(PYTHON))" TORCH_INDEX="$(TORCH_INDEX)" FOR="$(FOR)" bash tools/make_wheelhouse.sh "$(WHEELHOUSE)"

@@ -17,7 +17,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.packages import PROJECT, ROOT, Installed, build_requirements, canonical, changes, installed, is_protected, pins, requirements
+from tools.packages import (
+    PROJECT,
+    ROOT,
+    Installed,
+    build_requirements,
+    canonical,
+    changes,
+    installed,
+    is_protected,
+    parse_version,
+    pins,
+    requirements,
+)
 from tools.pip_calls import OLDEST, Pip, Resolution, errors
 from tools.table import Row, printed, refusals, table
 from tools.wheelhouse import Unusable, check, finish, replacing
@@ -99,7 +111,7 @@ def _main(options: argparse.Namespace) -> None:
     imported = _python(
         "import pretrain.run, megatron.core; print(megatron.core.__version__)", "the project was installed, but does not import"
     )
-    if imported != after["megatron-core"].version:
+    if parse_version(imported) != parse_version(after["megatron-core"].version):
         hidden.append(f"megatron-core {imported}")
     if hidden:
         raise Refused(f"everything was installed, but Python finds {', '.join(hidden)} first: take its folder out of PYTHONPATH")
@@ -116,13 +128,13 @@ def find_plan(pip: Pip, before: dict[str, Installed]) -> Plan:
     Raises Refused, in pip's words, where nothing fits beside the protected packages.
     """
     required = requirements()
-    held = {name: package.version for name, package in before.items() if is_protected(name)}
-    # Stacks of a system below the active virtual environment may be hidden by others; they are in range or not as any package.
-    tested = {name: version for name, version in pins().items() if name not in held and not _fits(name, before)}
-    tested = {name: version for name, version in tested.items() if name not in _constrained_elsewhere()}
-    dropped: dict[str, str] = {}
+    # pip knows no version that is not one by PEP 440, and leaves such a package alone.
+    held = {name: package.version for name, package in before.items() if is_protected(name) and parse_version(package.version)}
+    # What is here and fits stays as it is, tested or not.
+    free = {name for name in before if _fits(name, before)} | _constrained_elsewhere() | held.keys()
+    tested = {name: pin for name, pin in pins().items() if name not in free}
     while True:
-        constraints = [f"{name}=={version}" for name, version in {**held, **tested}.items()]
+        constraints = [f"{name}=={pin}" for name, pin in {**held, **tested}.items()]
         resolution = pip.resolve([str(one) for one in required.values()], constraints)
         if resolution.versions is not None:
             break
@@ -130,26 +142,27 @@ def find_plan(pip: Pip, before: dict[str, Installed]) -> Plan:
         if not blamed and not (tested and _is_conflict(resolution)):
             raise Refused(_no_solution(resolution, held, pip))
         for name in blamed or set(tested):
-            dropped[name] = tested.pop(name)
+            del tested[name]
         print(f"  the tested versions of {', '.join(sorted(blamed) or ['all packages'])} do not fit this environment; looking for others")
-    versions = {canonical(name): version for name, version in resolution.versions.items()}
+    versions = {canonical(name): new for name, new in resolution.versions.items()}
     changed = sorted(versions.keys() & held.keys())
     if changed:
         raise Refused("pip would have to change " + ", ".join(f"{name} {held[name]} to {versions[name]}" for name in changed))
-    left_out = {name: version for name, version in versions.items() if is_protected(name) and name not in required}
-    chosen = {name: version for name, version in versions.items() if name not in left_out and name != PROJECT}
+    left_out = {name: new for name, new in versions.items() if is_protected(name) and name not in required}
+    chosen = {name: new for name, new in versions.items() if name not in left_out and name != PROJECT}
     return Plan(
-        added={name: version for name, version in chosen.items() if name not in before},
-        replaced={name: version for name, version in chosen.items() if name in before},
+        added={name: new for name, new in chosen.items() if name not in before},
+        replaced={name: new for name, new in chosen.items() if name in before},
         left_out=left_out,
-        untested={name: version for name, version in chosen.items() if pins().get(name, version) != version},
+        untested={name: new for name, new in chosen.items() if pins().get(name, new) != new},
     )
 
 
 def _fits(name: str, before: dict[str, Installed]) -> bool:
     """Installed, and as our own requirements want it: pip then keeps it."""
     need = requirements().get(name)
-    return name in before and (need is None or need.specifier.contains(before[name].version, prereleases=True))
+    here = parse_version(before[name].version) if name in before else None
+    return here is not None and (need is None or need.specifier.contains(here, prereleases=True))
 
 
 def _is_conflict(resolution: Resolution) -> bool:
@@ -186,18 +199,19 @@ def _environment_problems(writes: bool) -> list[str]:
     """What keeps pip from working here. writes: whether something is to be installed."""
     venv = "make a virtual environment on top of it: `python -m venv --system-site-packages DIR; source DIR/bin/activate`, then again"
     problems = []
-    version = importlib.metadata.version("pip")
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+    pip = importlib.metadata.version("pip")
+    if tuple(int(part) for part in re.findall(r"\d+", pip)[:2]) < OLDEST:
         problems.append(
-            f"pip {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed: `python -m pip install --upgrade pip`, in a container too"
+            f"pip {pip} is too old, {OLDEST[0]}.{OLDEST[1]} is needed: `python -m pip install --upgrade pip`, in a container too"
         )
     if not writes:
         return problems
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     if sys.prefix == sys.base_prefix and managed.exists() and not _may_break_system_packages():
-        problems.append(f"{sys.prefix} is managed by the operating system's packages ({managed}): {venv}")
+        problems.append(f"{sys.prefix} is marked as another installer's ({managed}): {venv}")
     packages = Path(sysconfig.get_path("purelib"))
-    if not os.access(packages, os.W_OK):
+    # A system's folder may not have been made yet.
+    if not os.access(next(folder for folder in (packages, *packages.parents) if folder.exists()), os.W_OK):
         problems.append(f"{packages} cannot be written to (a read-only container, or another user's environment): {venv}")
     if not os.access(ROOT, os.W_OK):
         problems.append(f"{ROOT} cannot be written to, and the project is installed as it lies there: copy it to a folder of yours")

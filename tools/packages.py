@@ -138,7 +138,7 @@ def changes(before: dict[str, Installed], after: dict[str, Installed]) -> list[s
     return found
 
 
-def version(text: str) -> Version | None:
+def parse_version(text: str) -> Version | None:
     """None where it is not a version by PEP 440, as of some builds by hand."""
     try:
         return Version(text)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pip._vendor.packaging.requirements import Requirement
 
-from tools.packages import STACKS, Installed, canonical, is_protected, pins, requirements, version
+from tools.packages import STACKS, Installed, canonical, is_protected, parse_version, pins, requirements
 
 ALWAYS = ("torch", "triton", "transformer-engine", "numpy", *STACKS)
 """Rows that the table has whether installed or not."""
@@ -23,7 +23,7 @@ class Row:
 
 def verdict(found: str, tested: str | None, required: Requirement | None) -> str:
     """found, tested: versions; a label after + in `found` (2.13.0+cpu) does not make it another version."""
-    here, there = version(found), version(tested) if tested else None
+    here, there = parse_version(found), parse_version(tested) if tested else None
     if here is None:
         return "untested"
     # A container's torch is often a pre-release by its version (2.9.0a0+...).
@@ -66,7 +66,7 @@ def refusals(found: dict[str, Installed]) -> list[str]:
         )
     for name, package in found.items():
         need = required.get(name)
-        here = version(package.version)
+        here = parse_version(package.version)
         if need is None or here is None or need.specifier.contains(here, prereleases=True):
             continue
         # A virtual environment on top of the system's packages gets its own; torch and what is compiled against it must be one.
