@@ -81,6 +81,7 @@ class Resolution:
 
 def errors(output: str) -> list[str]:
     """The lines of pip's that say what went wrong, or its last ones."""
-    lines = [re.sub(r"^\s*(ERROR|error): ", "", line).strip() for line in output.splitlines()]
-    told = [text for line, text in zip(output.splitlines(), lines, strict=True) if re.match(r"\s*(ERROR|error): ", line)]
-    return told or [line for line in lines if line][-5:]
+    lines = [line for line in output.splitlines() if line.strip()]
+    told = [re.sub(r"^\s*(ERROR|error): ", "", line) for line in lines if re.match(r"\s*(ERROR|error): ", line)]
+    # Of an error in pip itself the last line of its traceback.
+    return [line if line != "Exception:" else lines[-1].strip() for line in told] or [line.strip() for line in lines[-5:]]

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -124,11 +123,10 @@ class Miniature:
 
     def versions(self) -> dict[str, str]:
         """What the environment has now."""
-        code = (
-            "from tools.packages import installed; import json; print(json.dumps({name: one.version for name, one in installed().items()}))"
-        )
-        result = subprocess.run([self.python, "-c", code], cwd=self.project, check=True, capture_output=True, text=True)
-        return json.loads(result.stdout)
+        # Not above: the backend, which has no pip, imports this module.
+        from tools.packages import installed
+
+        return {name: package.version for name, package in installed([str(self.packages)]).items()}
 
 
 def copy_of_pip(folder: Path) -> Path:

@@ -60,7 +60,7 @@ def site(tmp_path_factory, wheelhouse) -> Path:
         run(*pip, "--index-url", index, f"torch>=2.8,!={importlib.metadata.version('torch').partition('+')[0]}")
         return folder
     dist = importlib.metadata.distribution("torch")
-    needed = ["filelock", "typing-extensions", "setuptools", "sympy", "networkx", "jinja2", "fsspec"]
+    needed = ["filelock", "typing-extensions", "setuptools>=77", "sympy", "networkx", "jinja2", "fsspec"]
     run(*pip, "--no-index", "--find-links", wheelhouse, *needed)
     packages = next(folder.glob("lib/python3.*/site-packages"))
     for part in {file.parts[0] for file in dist.files if file.parts[0] not in ("..", "__pycache__")}:
