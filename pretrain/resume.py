@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_qsparse.parallel import checkpoint
 from megatron_qsparse.parallel.checkpoint.saver import GROUP_TIMEOUT
 from megatron_qsparse.parallel.zero import ZeroEngine
+from pretrain import rollback
 from pretrain.changes import compare
 from pretrain.checkpoint.content import CONFIG_NAME, TrainerRecord
 from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, step_of
@@ -36,7 +37,7 @@ def resume(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -
             f"{path} was written at another layout or on another kind of device: random number generators start anew "
             "(nothing of this project draws from them)"
         )
-    return TrainerState(**state)
+    return TrainerState(**rollback.apply(run, state, lambda text: print(text, flush=True) if dist.get_rank() == 0 else None))
 
 
 def start(engine: ZeroEngine, directory: CheckpointDirectory, run: Validated) -> Path | None:
@@ -84,7 +85,10 @@ def _newest(directory: CheckpointDirectory, run: Validated) -> tuple[Path, dict]
     """(path, state) of the checkpoint to go on from."""
     if run.config.resume == "never" and directory.published():
         raise ValueError(f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out")
+    rollback.remove_left_behind(run, directory)
     path = directory.newest()
+    if path is None:
+        rollback.forget(run)
     if path is None and run.config.resume == "required":
         raise ValueError(f"{directory.path} holds no checkpoint and resume=required: is output_dir right?")
     if path is None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,23 +17,28 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
-from pretrain import changes
+from pretrain import changes, rollback
 from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
+from pretrain.callbacks.spikes import WatchSpikes
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
+from pretrain.failures import report
 from pretrain.hardware import choose_device
 from pretrain.lease import Lease
+from pretrain.progress import Progress
 from pretrain.resume import of_rank_0, resume, start
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
 from pretrain.tracking.record import RunRecord
-from pretrain.trainer import Trainer, TrainerState
+from pretrain.trainer import Callback, RollBack, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
+from pretrain.watchdog import Watchdog
 
+COLLECTIVE_MARGIN_S = 300.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -40,24 +46,34 @@ class Refused(RuntimeError):
     """The run cannot start, for a reason that the message tells the user."""
 
 
-def run(validated: Validated) -> int:
+def run(validated: Validated, progress: Progress) -> int:
     """Train to the end, or until a signal, alone in the run directory. Returns the exit status. Raises Refused."""
     config = validated.config
+    hang = config.train.hang_timeout_s
     try:
         device = choose_device(config.device)
-        groups.initialize(config.parallel, device, config.train.seed)
+        # The watchdog names the rank that does not come; what a collective says when its own time is over names nobody.
+        timeout = timedelta(seconds=hang + COLLECTIVE_MARGIN_S) if hang else None
+        groups.initialize(config.parallel, device, config.train.seed, timeout)
     except RuntimeError as error:
         raise Refused(str(error)) from error
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    watchdog = Watchdog(progress, hang)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
         _own(lease)
-        _train(validated, device, lease)
+        _train(validated, device, lease, watchdog)
+    except (Refused, Stopped):
+        raise
+    except Exception as error:
+        report(error, progress)
+        raise
     finally:
         if lease is not None:
             lease.release()
+    watchdog.close()
     groups.destroy()
     return 0
 
@@ -70,18 +86,40 @@ def _own(lease: Lease | None) -> None:
         raise Refused(str(error)) from error
 
 
-def _train(validated: Validated, device: torch.device, lease: Lease | None) -> None:
+def _train(validated: Validated, device: torch.device, lease: Lease | None, watchdog: Watchdog) -> None:
     config = validated.config
-    signals = StopOnSignal(device)
+    signals = StopOnSignal(device, watchdog)
     engine = build_engine(validated, device)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    while True:
+        try:
+            return _go_on(validated, device, engine, saving, [KeepLease(lease), signals], watchdog.progress)
+        except RollBack as spike:
+            _roll_back(validated, checkpoints, saving, spike)
+
+
+def _roll_back(validated: Validated, checkpoints: CheckpointDirectory, saving: SaveCheckpoints, spike: RollBack) -> None:
+    """Decide where to; a run that goes on finds it as one that was killed would. Collective. Raises Stopped where it cannot be."""
+    saving.drain()
+    try:
+        _say(of_rank_0(lambda: rollback.decide(validated, checkpoints, spike)))
+    except ValueError as error:
+        raise Stopped(str(error)) from error
+
+
+def _go_on(
+    validated: Validated, device: torch.device, engine: ZeroEngine, saving: SaveCheckpoints, first: list[Callback], progress: Progress,
+) -> None:  # fmt: skip
+    """Train from the newest checkpoint, or from the start, to the end of this process. Raises RollBack at a spike."""
+    config, checkpoints = validated.config, saving.directory
+    progress.enter("loading a checkpoint")
     try:
         resumed = resume(engine, checkpoints, validated)
         started_from = start(engine, checkpoints, validated) if resumed is None else None
     except ValueError as error:
         raise Refused(str(error)) from error
     state = resumed or TrainerState()
-    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
     if resumed is not None:
         saving.catch_up(state)
     if state.step >= config.train.steps:
@@ -91,13 +129,24 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None) -> N
         return
     tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
     callbacks = [
-        KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
+        *first, WatchNumbers(validated), WatchSpikes(validated), Validate(validated, device), LogMetrics(validated, tracker, device),
+        saving,
     ]  # fmt: skip
-    trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
+    trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks, progress)
     status = "FAILED"
     try:
         trainer.fit()
         status = "FINISHED" if trainer.finished else "KILLED"
+        progress.enter("ending")
+    except RollBack:
+        status = "KILLED"
+        raise
+    except Stopped:
+        raise
+    except Exception as error:
+        # Before anything is waited for.
+        report(error, progress)
+        raise
     finally:
         if status == "FAILED":
             saving.close()

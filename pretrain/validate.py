@@ -4,6 +4,7 @@ Nothing here imports torch: `python -m pretrain.plan` shows the same list.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from data_tools.errors import ManifestError
@@ -50,6 +51,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += _range_problems(config)
     problems += _parallel_problems(config, world_size)
     problems += _schedule_problems(config)
+    problems += _failure_problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
     model = None
@@ -117,6 +119,30 @@ def _range_problems(config: PretrainConfig) -> list[str]:
         found.append(
             f"format_version={config.format_version} was written by a newer version of this project, which reads up to {FORMAT_VERSION}"
         )
+    return found
+
+
+def _failure_problems(config: PretrainConfig) -> list[str]:
+    """Of spikes and time-outs."""
+    spike, saved, found = config.spike, config.checkpoint, []
+    if not config.train.hang_timeout_s >= 0:
+        found.append(f"train.hang_timeout_s={config.train.hang_timeout_s} must not be negative; 0 waits for ever")
+    for name, least in (("window", 8), ("patience", 1), ("rollback_steps", 0), ("max_rollbacks", 1)):
+        if getattr(spike, name) < least:
+            found.append(f"spike.{name}={getattr(spike, name)} must be at least {least}")
+    if not 0 < spike.threshold < math.inf:
+        found.append(f"spike.threshold={spike.threshold} must be a positive number")
+    if not 0 <= spike.min_increase < math.inf:
+        found.append(f"spike.min_increase={spike.min_increase} must be a number that is not negative")
+    if spike.action == "rollback" and not found and saved.interval < 1:
+        found.append("spike.action=rollback needs checkpoints to go back to: set checkpoint.interval")
+    elif spike.action == "rollback" and not found:
+        # At a step that finds a spike the oldest checkpoint kept lies at least keep_last - 1 intervals back.
+        back = spike.rollback_steps + spike.patience
+        needed = 1 + math.ceil(back / saved.interval)
+        if saved.keep_last < needed:
+            found.append(f"checkpoint.keep_last={saved.keep_last} of checkpoint.interval={saved.interval} steps does not reach the {back} "
+                         f"steps back that spike.rollback_steps and spike.patience ask for: set checkpoint.keep_last={needed}")  # fmt: skip
     return found
 
 

@@ -7,6 +7,8 @@ from pretrain.trainer import Callback, StepReport, Trainer
 class KeepLease(Callback):
     """lease: rank 0's; None on the others, which end when rank 0 does."""
 
+    doing = "looking after the lease"
+
     def __init__(self, lease: Lease | None):
         self.lease = lease
 
