@@ -96,7 +96,7 @@ class Watchdog:
         now = {rank: self._state(rank) for rank in range(self.size)}
         silent = [rank for rank in now if rank != self.rank and (now[rank] is None or self._is_silent(before[rank], now[rank]))]
         if silent:
-            return {rank: f"does not answer, it was {now[rank]['doing']}" if now[rank] else "never answered" for rank in silent}
+            return {rank: f"does not answer, last heard of {now[rank]['doing']}" if now[rank] else "never answered" for rank in silent}
         at_work = {rank: state for rank, state in now.items() if not state["waits"]}
         if at_work:
             now = at_work

@@ -27,7 +27,9 @@ def test_after_so_many_steps_without_finite_numbers_the_run_stops_and_the_batche
     assert "error: 4 steps in a row without a finite loss and gradient, the last one step 7: loss 6.2" in output
     assert "Traceback (most" not in output
     last = journal(run)[-1]
-    assert (last["step"], last["train/skipped_steps"], last["train/skipped_in_a_row"]) == (7, 4, 4) and last["train/grad_norm"] == "Infinity"
+    assert (last["step"], last["train/skipped_steps"], last["train/skipped_in_a_row"]) == (7, 4, 4) and last[
+        "train/grad_norm"
+    ] == "Infinity"
     kept = sorted((run / "skipped").iterdir())
     assert [path.name for path in kept] == [f"step_{step:08d}.npz" for step in (4, 5, 6, 7)]
     expected = next(iter(DataLoader(TokenDataset(shards, "train", 32, 0, 8, 8, consumed_samples=24), batch_size=None)))
