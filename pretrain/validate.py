@@ -15,7 +15,7 @@ from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import ConfigurationError, PretrainConfig
 from pretrain.going_on import resume_problem
 from pretrain.start import problems as start_problems
-from pretrain.validation import layout, ranges, schedule, texts
+from pretrain.validation import layout, ranges, schedule, spikes, texts
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += [*numbers.values(), *texts.problems(config)]
     problems += layout.batch_problems(config, world_size)
     problems += schedule.problems(config)
+    if not any(name.startswith(("spike.", "checkpoint.")) for name in numbers):
+        problems += spikes.problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
     model = None
