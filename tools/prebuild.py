@@ -151,7 +151,9 @@ class Trainer:
 
     def run(self, command: list[str], hidden: bool) -> tuple[int, str, set[str]]:
         """python with these arguments. hidden: nothing is on PATH but things that take note of being called and fail."""
-        environment = {**os.environ, **{variable: str(folder) for variable, folder in self.folders.items()}, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **{variable: str(folder) for variable, folder in self.folders.items()}}
+        # Modules of a cluster bring torch by it.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment.setdefault("OMP_NUM_THREADS", "1")
         traps, log = self.scratch / "traps", self.scratch / "called"
         log.write_text("")

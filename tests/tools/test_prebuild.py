@@ -18,8 +18,8 @@ def test_a_model_trains_where_there_is_no_compiler(tmp_path):
     at_work.make_data()
     status, output, called = at_work.train("bitnet_qsparse", hidden=True)
     assert status == 0 and "step 2/2" in output, output
-    # DeepSpeed's import asks whether there is a library.
-    assert all("test.c" in call or "FILE" in call and call.startswith("gcc") for call in called), called
+    # DeepSpeed's import asks whether there is a library, by an object file of its own.
+    assert all(" -c FILE" in call and "-shared" not in call for call in called), called
     assert not at_work._cached()
 
 
