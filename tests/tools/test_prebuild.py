@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools.prebuild import CACHES, Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -35,3 +37,12 @@ def test_an_interpreter_without_the_project_is_told(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "venv" / "bin" / "python")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "has no torch: `make install` makes an environment with all that is needed" in result.stderr
+
+
+@pytest.mark.matrix
+def test_what_is_compiled_is_found_in_the_caches(tmp_path):
+    at_work = trainer(tmp_path)
+    code = ["-c", "import torch; print(torch.compile(lambda x: x * 2 + 1)(torch.ones(4096)).sum())"]
+    status, _, called = at_work.run(code, hidden=True)
+    assert status and called and not at_work._cached()
+    assert at_work.run(code, hidden=False)[0] == 0 and at_work._cached()
