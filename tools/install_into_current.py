@@ -65,6 +65,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--wheelhouse", type=Path, metavar="DIR", help="install nothing: collect in DIR what this environment lacks")
     parser.add_argument("--plan", action="store_true", help="show what would be installed, and stop")
     options = parser.parse_args(args)
+    # In order with stderr, in a log too.
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         _main(options)
     except (Refused, Unusable) as error:

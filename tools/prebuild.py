@@ -39,6 +39,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path(".prebuilt"), help="folder for what is compiled (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="models to train (default: all)")
     options = parser.parse_args(args)
+    # In order with stderr, in a log too.
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         _main(options.cache.absolute(), options.variants)
     except Failed as error:
@@ -120,10 +122,10 @@ class Trainer:
         started = time.monotonic()
         status, output, called = self.train(variant, hidden=True)
         if not status and called <= self.probes and self._cached() == before:
-            print(f"  {variant}: {STEPS} steps, nothing compiled ({time.monotonic() - started:.0f} s)", flush=True)
+            print(f"  {variant}: {STEPS} steps, nothing compiled ({time.monotonic() - started:.0f} s)")
             return False
         why = _end(output, lines=1) if status else f"asked for {', '.join(sorted({call.split()[0] for call in called - self.probes}))}"
-        print(f"  {variant}: without compilers: {why}; training with them", flush=True)
+        print(f"  {variant}: without compilers: {why}; training with them")
         status, output, _ = self.train(variant, hidden=False)
         if status:
             raise Failed(f"{variant} does not train on this machine, compilers or not:\n{_end(output)}")
@@ -134,7 +136,7 @@ class Trainer:
         # What is asked although it trains, with caches that stay as they are, is a question about the machine (DeepSpeed's import
         # looks for libaio by compiling a test, for example), whose answer may be no.
         self.probes |= called
-        print(f"  {variant}: {STEPS} steps, {len(filled)} files compiled ({time.monotonic() - started:.0f} s)", flush=True)
+        print(f"  {variant}: {STEPS} steps, {len(filled)} files compiled ({time.monotonic() - started:.0f} s)")
         return bool(filled)
 
     def train(self, variant: str, hidden: bool) -> tuple[int, str, set[str]]:
@@ -151,7 +153,9 @@ class Trainer:
 
     def run(self, command: list[str], hidden: bool) -> tuple[int, str, set[str]]:
         """python with these arguments. hidden: nothing is on PATH but things that take note of being called and fail."""
-        environment = {**os.environ, **{variable: str(folder) for variable, folder in self.folders.items()}, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **{variable: str(folder) for variable, folder in self.folders.items()}}
+        # Modules of a cluster bring torch by it.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment.setdefault("OMP_NUM_THREADS", "1")
         traps, log = self.scratch / "traps", self.scratch / "called"
         log.write_text("")

@@ -13,7 +13,7 @@ ALWAYS = ("torch", "triton", "transformer-engine", "numpy", *STACKS)
 
 @dataclass(frozen=True)
 class Row:
-    """verdict: ok, untested, too old, too new, not here, or to be installed."""
+    """verdict: ok, untested, too old, too new, missing, not here (and not needed), or to be installed."""
 
     name: str
     found: str
@@ -40,12 +40,17 @@ def table(found: dict[str, Installed]) -> list[Row]:
     others = sorted(name for name in found if is_protected(name) and not name.startswith(("nvidia-", "cuda-")))
     for name in dict.fromkeys([*ALWAYS, *others]):
         pin = tested.get(name)
-        # Triton is tested as torch's companion; where nothing asks for it, its pin says nothing.
         if name in found:
             rows.append(Row(name, found[name].version, pin or "-", verdict(found[name].version, pin, required.get(name))))
         else:
-            rows.append(Row(name, "-", pin or "-", "to be installed" if name in required else "not here"))
+            rows.append(Row(name, "-", pin or "-", _absent(name, required)))
     return rows
+
+
+def _absent(name: str, required: dict[str, Requirement]) -> str:
+    if name == "torch":
+        return "missing"
+    return "to be installed" if name in required else "not here"
 
 
 def printed(rows: list[Row]) -> str:

@@ -35,6 +35,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--torch-index", default="", help="package index that torch may come from, beside the default one")
     options = parser.parse_args(args)
+    # In order with stderr, in a log too.
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         if options.action == "make":
             make(options.folder, options.torch_index)
@@ -121,7 +123,7 @@ def check(folder: Path, needs_torch: bool) -> None:
             f"`make install-into-current OFFLINE={folder}`, or make one without FOR=current"
         )
     files = manifest["files"]
-    print(f"checking {len(files)} wheels in {folder}", flush=True)
+    print(f"checking {len(files)} wheels in {folder}")
     wrong = [
         f"{name} is {'cut or changed' if (folder / name).is_file() else 'missing'}"
         for name, entry in files.items()
