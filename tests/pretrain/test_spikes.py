@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pretrain.callbacks.spikes import observe
-from pretrain.config import SpikeConfig
+from pretrain.config import PretrainConfig, SpikeConfig
 from pretrain.trainer import TrainerState
+from pretrain.validate import examine
 from tests.pretrain.killing import Watched, consumed
 from tests.pretrain.launch import TIMEOUT_S, journal, training
 from tests.pretrain.test_resume import tensors
@@ -51,6 +52,31 @@ def test_a_state_that_was_written_and_read_decides_alike():
         parts = TrainerState(**json.loads(json.dumps(vars(parts))))
         assert observe(whole, loss, SETTINGS) == observe(parts, loss, SETTINGS)
     assert whole == parts
+
+
+REFUSED = [
+    ({"spike.window": 7}, "spike.window=7 must be at least 8"),
+    ({"spike.patience": 0}, "spike.patience=0 must be at least 1"),
+    ({"spike.max_rollbacks": 0}, "spike.max_rollbacks=0 must be at least 1"),
+    ({"spike.rollback_steps": -1}, "spike.rollback_steps=-1 must be at least 0"),
+    ({"spike.threshold": float("nan")}, "spike.threshold=nan must be a positive number"),
+    ({"spike.min_increase": float("inf")}, "spike.min_increase=inf must be a number that is not negative"),
+    ({"train.hang_timeout_s": -1.0}, "train.hang_timeout_s=-1.0 must not be negative; 0 waits for ever"),
+    ({"spike.action": "rollback"}, "spike.action=rollback needs checkpoints to go back to: set checkpoint.interval"),
+    ({"spike.action": "rollback", "checkpoint.interval": 50}, "checkpoint.keep_last=2 of checkpoint.interval=50 steps does not reach the 103 "
+                                                              "steps back that spike.rollback_steps and spike.patience ask for: set "
+                                                              "checkpoint.keep_last=4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "told"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_settings_that_cannot_work_are_refused(changed, told):
+    config = PretrainConfig()
+    for name, value in changed.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    problems, *_ = examine(config, world_size=1)
+    assert told in problems
 
 
 STEPS, SPIKE = 20, range(13, 15)
