@@ -63,10 +63,12 @@ REFUSED = [
     ({"spike.min_increase": float("inf")}, "spike.min_increase=inf must be a number that is not negative"),
     ({"train.hang_timeout_s": -1.0}, "train.hang_timeout_s=-1.0 must not be negative; 0 waits for ever"),
     ({"spike.action": "rollback"}, "spike.action=rollback needs checkpoints to go back to: set checkpoint.interval"),
-    ({"spike.action": "rollback", "checkpoint.interval": 50}, "checkpoint.keep_last=2 of checkpoint.interval=50 steps does not reach the 103 "
-                                                              "steps back that spike.rollback_steps and spike.patience ask for: set "
-                                                              "checkpoint.keep_last=4"),
-]  # fmt: skip
+    (
+        {"spike.action": "rollback", "checkpoint.interval": 50},
+        "checkpoint.keep_last=2 of checkpoint.interval=50 steps does not reach the 103 steps back that spike.rollback_steps and "
+        "spike.patience ask for: set checkpoint.keep_last=4",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changed", "told"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
@@ -141,8 +143,10 @@ def _rows(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name == "step" or name.startswith("train/")} for row in journal(run)]
 
 
-def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path):
-    status, output = _start(tmp_path / "whole", shards, "rollback")
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.matrix)])
+def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path, stage):
+    more = ["--zero.stage", stage, "--bitnet.enabled", "true", "--qsparse.keep", 0.5]
+    status, output = _start(tmp_path / "whole", shards, "rollback", *more)
     assert status == 0, output
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
     assert "roll-back 1 of at most 3: going back to step 10" in output
@@ -155,11 +159,11 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
     assert [row["step"] for row in discarded] == [11, 12, 13, 14, 15] and discarded[-1]["train/spike"] == 2
     assert sorted(path.name for path in (run / "spikes").iterdir()) == ["step_00000014.npz", "step_00000015.npz"]
 
-    # Killed when it was decided, started again, and stopped once more on the way.
+    # Killed when it was decided, before anything else happened, and started again.
     broken = tmp_path / "broken"
-    status, output = _start(broken, shards, "rollback", kill=True)
+    status, output = _start(broken, shards, "rollback", *more, kill=True)
     assert status == -9 and (broken / "run" / "rollbacks.json").exists(), output
-    status, output = _start(broken, shards, "rollback")
+    status, output = _start(broken, shards, "rollback", *more)
     assert status == 0 and "rolled back to step 10" in output, output
     again = broken / "run"
     assert _rows(again) == _rows(run)
