@@ -47,9 +47,10 @@ class StopOnSignal(Callback):
     def _answer(self) -> None:
         first = True
         while number := os.read(self._numbers, 1):
-            name = signal.Signals(number[0])
-            if name not in HANDLED:
+            # The interpreter writes the number of every signal that anybody has a Python handler for.
+            if number[0] not in HANDLED:
                 continue
+            name = signal.Signals(number[0])
             self.received = int(name)
             if first:
                 self._tell(f"{name.name}: finishing the step and saving, then ending; a second SIGTERM or SIGINT ends at once")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pretrain.callbacks.spikes import observe
-from pretrain.config import SpikeConfig
+from pretrain.config import PretrainConfig, SpikeConfig
 from pretrain.trainer import TrainerState
+from pretrain.validate import examine
 from tests.pretrain.killing import Watched, consumed
 from tests.pretrain.launch import TIMEOUT_S, journal, training
 from tests.pretrain.test_resume import tensors
@@ -51,6 +52,33 @@ def test_a_state_that_was_written_and_read_decides_alike():
         parts = TrainerState(**json.loads(json.dumps(vars(parts))))
         assert observe(whole, loss, SETTINGS) == observe(parts, loss, SETTINGS)
     assert whole == parts
+
+
+REFUSED = [
+    ({"spike.window": 7}, "spike.window=7 must be at least 8"),
+    ({"spike.patience": 0}, "spike.patience=0 must be at least 1"),
+    ({"spike.max_rollbacks": 0}, "spike.max_rollbacks=0 must be at least 1"),
+    ({"spike.rollback_steps": -1}, "spike.rollback_steps=-1 must be at least 0"),
+    ({"spike.threshold": float("nan")}, "spike.threshold=nan must be a positive number"),
+    ({"spike.min_increase": float("inf")}, "spike.min_increase=inf must be a number that is not negative"),
+    ({"train.hang_timeout_s": -1.0}, "train.hang_timeout_s=-1.0 must not be negative; 0 waits for ever"),
+    ({"spike.action": "rollback"}, "spike.action=rollback needs checkpoints to go back to: set checkpoint.interval"),
+    (
+        {"spike.action": "rollback", "checkpoint.interval": 50},
+        "checkpoint.keep_last=2 of checkpoint.interval=50 steps does not reach the 103 steps back that spike.rollback_steps and "
+        "spike.patience ask for: set checkpoint.keep_last=4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "told"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_settings_that_cannot_work_are_refused(changed, told):
+    config = PretrainConfig()
+    for name, value in changed.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    problems, *_ = examine(config, world_size=1)
+    assert told in problems
 
 
 STEPS, SPIKE = 20, range(13, 15)
@@ -115,8 +143,10 @@ def _rows(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name == "step" or name.startswith("train/")} for row in journal(run)]
 
 
-def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path):
-    status, output = _start(tmp_path / "whole", shards, "rollback")
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.matrix)])
+def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path, stage):
+    more = ["--zero.stage", stage, "--bitnet.enabled", "true", "--qsparse.keep", 0.5]
+    status, output = _start(tmp_path / "whole", shards, "rollback", *more)
     assert status == 0, output
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
     assert "roll-back 1 of at most 3: going back to step 10" in output
@@ -129,11 +159,11 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
     assert [row["step"] for row in discarded] == [11, 12, 13, 14, 15] and discarded[-1]["train/spike"] == 2
     assert sorted(path.name for path in (run / "spikes").iterdir()) == ["step_00000014.npz", "step_00000015.npz"]
 
-    # Killed when it was decided, started again, and stopped once more on the way.
+    # Killed when it was decided, before anything else happened, and started again.
     broken = tmp_path / "broken"
-    status, output = _start(broken, shards, "rollback", kill=True)
+    status, output = _start(broken, shards, "rollback", *more, kill=True)
     assert status == -9 and (broken / "run" / "rollbacks.json").exists(), output
-    status, output = _start(broken, shards, "rollback")
+    status, output = _start(broken, shards, "rollback", *more)
     assert status == 0 and "rolled back to step 10" in output, output
     again = broken / "run"
     assert _rows(again) == _rows(run)
