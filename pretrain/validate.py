@@ -51,7 +51,7 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += schedule.problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
-    problems += directory_problems(config.run_directory)
+    problems += directory_problems(config.run_directory) if texts.usable_path(str(config.run_directory)) else []
     model = None
     if not any(name.startswith("model.") for name in numbers):
         try:

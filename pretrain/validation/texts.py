@@ -1,4 +1,4 @@
-"""What names and paths may be, and whether the run directory can be written."""
+"""What names and paths may be."""
 
 import dataclasses
 import os
@@ -43,19 +43,6 @@ def _path_problems(config: PretrainConfig) -> Iterator[str]:
     }.items():
         if problem := _path_problem(value):
             yield f"{name}={_shortened(value)} {problem}"
-    directory = config.run_directory
-    if not usable_path(str(directory)) or not usable_path(config.output_dir):
-        return
-    where = "output_dir" if config.output_dir else f"output_dir (unset: {directory})"
-    try:
-        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            kind = "a link to nothing" if existing.is_symlink() and not existing.exists() else "a file"
-            yield f"{where}: {existing} is {kind}, and a directory is needed: choose another output_dir"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield f"{where}: {existing} cannot be written: choose another output_dir, or change its permissions"
-    except OSError as error:
-        yield f"{where}: {error}: choose another output_dir"
 
 
 def _path_problem(text: str) -> str | None:
