@@ -17,8 +17,8 @@ IDENTITY = (
 """Compared by what they resolve to."""
 FREE = (
     "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
-    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "validation.", "checkpoint.", "tracking.", "output_dir",
-    "device",
+    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "spike.", "validation.", "checkpoint.",
+    "tracking.", "output_dir", "device",
 )  # fmt: skip
 """Layout, intervals, places. data.path may move: the manifest's digest is compared."""
 OF_THE_START = ("resume", "allow_change", "format_version")

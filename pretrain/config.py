@@ -66,7 +66,11 @@ class TrainConfig:
     check_codes: bool = False
     """Before each step, verify that no weight was written without its ternary codes being made anew. For debugging."""
     max_skipped_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, after which the run stops; such a step changes no weight."""
+    """Steps in a row whose loss or gradient is not finite, after which the run stops. Such a step changes no weight, no moment and
+    not Adam's count; its samples count as consumed, and the learning rate goes on. No interval's checkpoint is written behind it."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without progress (a micro-batch read, a step, a validation, a save) after which each rank says where it is, with its
+    stack, and the run ends with an error that names the ranks the others wait for; 0 waits for ever."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 
@@ -120,6 +124,29 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True)
+class SpikeConfig:
+    """Loss spikes: a loss above the median of the recent ones by `threshold` robust deviations and by `min_increase`, several steps
+    in a row. Every rank decides alike, from the global loss, and a resumed run as an unbroken one."""
+
+    action: Literal["off", "warn", "rollback", "stop"] = "warn"
+    """warn: tell, log `train/spike` and keep the batches. rollback: go back to a checkpoint from before the spike and go on behind its
+    samples, which are left out (PaLM, section 5.1). stop: end the run with an error."""
+    window: int = 128
+    """Steps whose losses the median and its deviation are taken of, at least 8; none is judged before there are so many."""
+    threshold: float = 6.0
+    """Deviations (1.4826 median absolute deviations, the standard deviation of a normal distribution) above the median, > 0."""
+    min_increase: float = 0.3
+    """Nat above the median that a spike has at least, however quiet the losses were; >= 0."""
+    patience: int = 3
+    """Steps in a row above both bounds that make a spike."""
+    rollback_steps: int = 100
+    """rollback: steps between the checkpoint that is taken and the beginning of the spike, at least. checkpoint.keep_last and
+    checkpoint.interval must reach that far back."""
+    max_rollbacks: int = 3
+    """rollback: roll-backs of a run, over all its restarts; the next spike stops it."""
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """Checkpoints in OUTPUT_DIR/checkpoints."""
 
@@ -157,6 +184,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output_dir: str = ""

@@ -61,7 +61,7 @@ def _start(config: PretrainConfig, where: Beginning) -> str:
 
 def _look_at_owner(config: PretrainConfig, found: Outlook) -> None:
     lease = Lease(config.run_directory)
-    _, owner = lease._newest()
+    _, owner = lease.newest()
     if owner is None:
         return
     dead = owner.is_dead(lease.owner)

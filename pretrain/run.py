@@ -1,7 +1,9 @@
 """One process of a run: groups, model, engine, data, callbacks, loop, and an orderly end."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,25 +17,30 @@ from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
-from pretrain import changes
+from pretrain import changes, rollback
 from pretrain.callbacks.checkpointing import SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
+from pretrain.callbacks.spikes import WatchSpikes
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
+from pretrain.failures import report
 from pretrain.going_on import Beginning, beginning
 from pretrain.hardware import choose_device
 from pretrain.lease import Lease
+from pretrain.progress import Progress
 from pretrain.resume import load, of_rank_0
 from pretrain.run_directory import own, writing
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
 from pretrain.tracking.record import RunRecord
-from pretrain.trainer import Trainer, TrainerState
+from pretrain.trainer import Callback, RollBack, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
+from pretrain.watchdog import Watchdog
 
+COLLECTIVE_MARGIN_S = 300.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -41,24 +48,34 @@ class Refused(RuntimeError):
     """The run cannot start, for a reason that the message tells the user."""
 
 
-def run(validated: Validated) -> int:
+def run(validated: Validated, progress: Progress) -> int:
     """Train to the end, or until a signal, alone in the run directory. Returns the exit status. Raises Refused."""
     config = validated.config
+    hang = config.train.hang_timeout_s
     try:
         device = choose_device(config.device)
-        groups.initialize(config.parallel, device, config.train.seed)
+        # The watchdog names the rank that does not come; what a collective says when its own time is over names nobody.
+        timeout = timedelta(seconds=hang + COLLECTIVE_MARGIN_S) if hang else None
+        groups.initialize(config.parallel, device, config.train.seed, timeout)
     except RuntimeError as error:
         raise Refused(str(error)) from error
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    watchdog = Watchdog(progress, hang)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
         _refusing(lambda: own(lease, _say))
-        _train(validated, device, lease)
+        _train(validated, device, lease, watchdog)
+    except (Refused, Stopped):
+        raise
+    except Exception as error:
+        report(error, progress)
+        raise
     finally:
         if lease is not None:
             lease.release()
+    watchdog.close()
     groups.destroy()
     return 0
 
@@ -71,17 +88,51 @@ def _refusing(action: Callable[[], Any]) -> Any:
         raise Refused(str(error)) from error
 
 
-def _train(validated: Validated, device: torch.device, lease: Lease | None) -> None:
+def _train(validated: Validated, device: torch.device, lease: Lease | None, watchdog: Watchdog) -> None:
     config = validated.config
-    signals = StopOnSignal(device)
+    signals = StopOnSignal(device, watchdog)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
-    where = _refusing(lambda: beginning(config, validated.model, validated.manifest, checkpoints, _say))
+    where = _refusing(lambda: _find(validated, checkpoints))
     engine = build_engine(validated, device)
+    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
+    while True:
+        try:
+            return _go_on(validated, device, engine, saving, where, [KeepLease(lease), signals], watchdog.progress)
+        except RollBack as spike:
+            where = _roll_back(validated, checkpoints, saving, spike)
+
+
+def _find(validated: Validated, checkpoints: CheckpointDirectory) -> Beginning:
+    """Where to begin, roll-backs considered. For rank 0."""
+    rollback.remove_left_behind(validated, checkpoints)
+    where = beginning(validated.config, validated.model, validated.manifest, checkpoints, _say)
+    if where.checkpoint is None:
+        rollback.forget(validated)
+        return where
+    return dataclasses.replace(where, state=rollback.apply(validated, where.state, _say))
+
+
+def _roll_back(validated: Validated, checkpoints: CheckpointDirectory, saving: SaveCheckpoints, spike: RollBack) -> Beginning:
+    """Decide where to; a run that goes on finds it as one that was killed would. Collective. Raises Stopped where it cannot be."""
+    saving.drain()
+    try:
+        _say(of_rank_0(lambda: rollback.decide(validated, checkpoints, spike)))
+    except ValueError as error:
+        raise Stopped(str(error)) from error
+    return _refusing(lambda: _find(validated, checkpoints))
+
+
+def _go_on(
+    validated: Validated, device: torch.device, engine: ZeroEngine, saving: SaveCheckpoints, where: Beginning, first: list[Callback],
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Train from there to the end of this process. Raises RollBack at a spike."""
+    config, checkpoints = validated.config, saving.directory
+    progress.enter("loading a checkpoint")
     try:
         state = load(engine, where, checkpoints)
     except ValueError as error:
         raise Refused(str(error)) from error
-    saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
     if where.checkpoint is not None:
         saving.catch_up(state)
     if state.step >= config.train.steps:
@@ -94,13 +145,24 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None) -> N
     _refusing(lambda: trackers.append(_start_tracking(validated, state, where)))
     tracker = trackers[0] if trackers else None
     callbacks = [
-        KeepLease(lease), WatchNumbers(validated), signals, Validate(validated, device), LogMetrics(validated, tracker, device), saving,
+        *first, WatchNumbers(validated), WatchSpikes(validated), Validate(validated, device), LogMetrics(validated, tracker, device),
+        saving,
     ]  # fmt: skip
-    trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks)
+    trainer = Trainer(validated, engine, _batches(validated, state, device), state, callbacks, progress)
     status = "FAILED"
     try:
         trainer.fit()
         status = "FINISHED" if trainer.finished else "KILLED"
+        progress.enter("ending")
+    except RollBack:
+        status = "KILLED"
+        raise
+    except Stopped:
+        raise
+    except Exception as error:
+        # Before anything is waited for.
+        report(error, progress)
+        raise
     finally:
         if status == "FAILED":
             saving.close()

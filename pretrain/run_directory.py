@@ -14,22 +14,24 @@ WRITTEN = ("config.yaml", "run.json", "metrics.jsonl", "system.jsonl", "shipped.
 """What a run writes in its directory, and what must be writable where it is there already."""
 
 
-def problems(directory: Path) -> list[str]:
-    """What can be seen without writing: a file in the way, a read-only file system, missing permissions."""
+def problems(directory: Path, field: str = "output_dir") -> list[str]:
+    """What can be seen without writing: a file in the way, a read-only file system, missing permissions. field: said to be at fault."""
     found = directory.absolute()
     try:
         while not found.is_dir():
-            # A broken link neither exists nor can be made.
-            if found.exists() or found.is_symlink():
-                return [_refusal(directory, f"{found} is no directory")]
+            if os.path.lexists(found):
+                kind = "a link to nothing" if found.is_symlink() and not found.exists() else "a file"
+                return [_refusal(directory, f"{found} is {kind}, and a directory is needed", field)]
             found = found.parent
     except OSError as error:
-        return [_refusal(directory, _text(error))]
+        return [_refusal(directory, _text(error), field)]
     here = [found / name for name in WRITTEN] if found == directory.absolute() else []
     for path in (found, *here):
+        mode = os.W_OK | (os.X_OK if path.is_dir() else 0)
         # Looked for last: another run may just have removed it.
-        if not os.access(path, os.W_OK, effective_ids=True) and path.exists():
-            return [_refusal(directory, f"{path} is write-protected for user {os.geteuid()} or lies on a read-only file system")]
+        if not os.access(path, mode, effective_ids=True) and path.exists():
+            reason = f"{path} is write-protected for user {os.geteuid()} or lies on a read-only file system"
+            return [_refusal(directory, reason, field)]
     return []
 
 
@@ -56,8 +58,8 @@ def writing(directory: Path) -> Iterator[None]:
         raise ValueError(_refusal(directory, _text(error))) from error
 
 
-def _refusal(directory: Path, reason: str) -> str:
-    return f"output_dir: {directory} cannot be written ({reason}): choose another output_dir, or see to its permissions and free space"
+def _refusal(directory: Path, reason: str, field: str = "output_dir") -> str:
+    return f"{field}: {directory} cannot be written ({reason}): choose another output_dir, or see to its permissions and free space"
 
 
 def _text(error: OSError) -> str:

@@ -25,15 +25,21 @@ def main(args: list[str] | None = None) -> int:
         return _refuse(error)
 
     prepare(config.device)
+    from pretrain.failures import report
+    from pretrain.progress import Progress
     from pretrain.run import Refused, run
     from pretrain.trainer import Stopped
 
+    progress = Progress()
     try:
-        return run(validated)
+        return run(validated, progress)
     except Refused as error:
         return _refuse(error)
     except Stopped as error:
         return _refuse(error, status=1)
+    except Exception as error:
+        report(error, progress)
+        return 1
 
 
 def _refuse(error: Exception, status: int = 2) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pretrain.progress import Progress
 from pretrain.schedules import learning_rate, weight_decay
 from pretrain.validate import Validated
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TrainerState:
-    """Where training stands: all that a checkpoint needs besides tensors. The sample order is a function of consumed_samples."""
+    """Where training stands: all that a checkpoint needs besides tensors. The sample order is a function of consumed_samples, which
+    is the steps' number times the batch as long as no roll-back has left samples out."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -26,6 +28,12 @@ class TrainerState:
     """Steps whose gradient was not finite: their samples count as consumed, the weights did not change."""
     skipped_in_a_row: int = 0
     """Of the steps just taken."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What a loss spike is measured by, newest last (pretrain.callbacks.spikes)."""
+    high_losses: int = 0
+    """Steps in a row up to now whose loss is too high."""
+    rollbacks: int = 0
+    """Of the run so far (pretrain.rollback)."""
     flops: float = 0.0
     """Training FLOPs spent so far."""
     activated_flops: float = 0.0
@@ -45,14 +53,30 @@ class StepReport:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks before the metrics callback add to this step's log entry."""
+    failure: Exception | None = None
+    """Raised after this step's callbacks, on every rank alike: it is logged, but no checkpoint is written behind it."""
 
 
 class Stopped(RuntimeError):
     """The run cannot go on, for a reason that the message tells the user; raised on every rank alike."""
 
 
+class RollBack(RuntimeError):
+    """Training must go back before a loss spike; raised on every rank alike.
+
+    first_step: of the spike. consumed_samples: up to its end, where training goes on.
+    """
+
+    def __init__(self, message: str, first_step: int, consumed_samples: int):
+        super().__init__(message)
+        self.first_step, self.consumed_samples = first_step, consumed_samples
+
+
 class Callback:
     """Hooks of the loop; every rank runs them in the same order, so they may communicate."""
+
+    doing = "between two steps"
+    """What a rank does meanwhile, told where it fails or hangs there."""
 
     def before_step(self, trainer: "Trainer") -> None: ...
 
@@ -67,10 +91,12 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Validated, engine: "ZeroEngine", batches: Iterator[torch.Tensor], state: TrainerState, callbacks: Sequence[Callback]
-    ):
+        self, run: Validated, engine: "ZeroEngine", batches: Iterator[torch.Tensor], state: TrainerState, callbacks: Sequence[Callback],
+        progress: Progress,
+    ):  # fmt: skip
         self.run, self.config, self.engine, self.state = run, run.config, engine, state
-        self.batches, self.callbacks = batches, callbacks
+        self.progress, self.callbacks = progress, callbacks
+        self.batches = progress.reading(batches, then="computing")
         self.stop_reason: str | None = None
 
     @property
@@ -92,10 +118,14 @@ class Trainer:
                 callback.before_step(self)
             report = self._step()
             for callback in self.callbacks:
+                self.progress.enter(callback.doing)
                 callback.after_step(self, report)
+            if report.failure is not None:
+                raise report.failure
 
     def _step(self) -> StepReport:
         train, state = self.config.train, self.state
+        self.progress.enter("computing", step=state.step + 1)
         started = time.perf_counter()
         lr = learning_rate(state.step, train.steps, self.config.optimizer, self.config.schedule)
         decay = weight_decay(state.step, train.steps, self.config.optimizer, self.config.schedule)

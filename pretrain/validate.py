@@ -14,9 +14,8 @@ from pretrain.changes import problems as change_problems
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import ConfigurationError, PretrainConfig
 from pretrain.going_on import resume_problem
-from pretrain.run_directory import problems as directory_problems
 from pretrain.start import problems as start_problems
-from pretrain.validation import layout, ranges, schedule, texts
+from pretrain.validation import layout, ranges, schedule, spikes, texts
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,10 @@ def examine(config: PretrainConfig, world_size: int) -> tuple[list[str], ModelCo
     problems += [*numbers.values(), *texts.problems(config)]
     problems += layout.batch_problems(config, world_size)
     problems += schedule.problems(config)
+    if not any(name.startswith(("spike.", "checkpoint.")) for name in numbers):
+        problems += spikes.problems(config)
     problems += config.tracking.problems()
     problems += change_problems(config)
-    problems += directory_problems(config.run_directory) if texts.usable_path(str(config.run_directory)) else []
     model = None
     if not any(name.startswith("model.") for name in numbers):
         try:

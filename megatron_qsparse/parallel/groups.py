@@ -1,7 +1,9 @@
 """Process groups: torch.distributed by the launcher's environment, Megatron's groups on top, and DeepSpeed's view of them."""
 
+import math
 import os
 import random
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ from megatron_qsparse.compat import cpu, moe
 from megatron_qsparse.config import ParallelConfig
 
 
-def initialize(parallel: ParallelConfig, device: torch.device, seed: int) -> None:
+def initialize(parallel: ParallelConfig, device: torch.device, seed: int, timeout: timedelta | None = None) -> None:
     """Start torch.distributed (nccl or gloo; env:// as torchrun sets it) where it is not running, and Megatron's groups.
+
+    timeout: after which a collective that does not end fails; None leaves it to the libraries (10 minutes for NCCL, else 30).
 
     Raises RuntimeError where the launcher's variables are missing.
     """
@@ -24,9 +28,10 @@ def initialize(parallel: ParallelConfig, device: torch.device, seed: int) -> Non
     moe.enable()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    minutes = {} if timeout is None else {"distributed_timeout_minutes": math.ceil(timeout.total_seconds() / 60)}
     parallel_state.initialize_model_parallel(
-        parallel.tensor, parallel.pipeline, parallel.chunks, expert_model_parallel_size=parallel.expert
+        parallel.tensor, parallel.pipeline, parallel.chunks, expert_model_parallel_size=parallel.expert, **minutes
     )
     # What nobody seeds would be another number in each process, and on GPUs the same in each run.
     random.seed(seed)

@@ -85,6 +85,11 @@ def run_micro_batches(
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss for the backward, copy for the log): Megatron divides the first in place by the number of micro-batches."""
+    """(loss for the backward, copy for the log): Megatron divides the first in place by the number of micro-batches.
+
+    A loss that is not finite may have finite gradients, and DeepSpeed looks at gradients only. The factor is exactly 1 for a finite
+    loss and NaN for any other: all gradients become NaN with it, and every rank leaves the step out.
+    """
     loss = losses.float().mean()
-    return loss, loss.detach().clone()
+    told = loss.detach().clone()
+    return loss * (told * 0 + 1), told

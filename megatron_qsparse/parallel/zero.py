@@ -148,6 +148,18 @@ class ZeroEngine:
                 # DeepSpeed keeps or prefetches weights for a backward that does not come.
                 self.optimizer.empty_partition_cache()
 
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether all master weights of all ranks are. Collective; reads every weight once."""
+        shards = [shard for group in self.optimizer.optimizer.param_groups for shard in group["params"]]
+        # A sum is not finite where a summand is not; fp64 leaves no room for an overflow.
+        sums = [shard.sum(dtype=torch.float64) for shard in shards if shard.numel()]
+        spoilt = torch.zeros((), dtype=torch.int32, device=self.device)
+        if sums:
+            spoilt += (~torch.isfinite(torch.stack(sums)).all()).to(torch.int32).to(self.device)
+        dist.all_reduce(spoilt, op=dist.ReduceOp.MAX)
+        return not spoilt.item()
+
     def weights_changed(self) -> None:
         """Weights were written (step, load, roll-back): ternary codes are made anew at the next forward."""
         self.ternary.invalidate()

@@ -11,7 +11,7 @@ from megatron_qsparse.parallel.checkpoint.snapshot import layout
 from megatron_qsparse.parallel.checkpoint.writing import FileRecord
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory, Kind, step_of
+from pretrain.checkpoint.directory import KINDS, STATE_NAME, CheckpointDirectory, Kind, step_of
 from pretrain.identity import NUMERICS_VERSION, identity
 from pretrain.lease import Lease
 from pretrain.resume import of_rank_0
@@ -24,7 +24,13 @@ FAILURE_WAIT_S = 600.0
 
 
 class SaveCheckpoints(Callback):
-    """One save at a time; where `checkpoint.asynchronous`, training goes on while it is written and published."""
+    """One save at a time; where `checkpoint.asynchronous`, training goes on while it is written and published.
+
+    A checkpoint that is due after a step without finite numbers is written after the next step that has them: weights that make
+    nothing but NaN must not take the places of good ones. So is one that is due while it is not yet clear whether a loss spike begins.
+    """
+
+    doing = "saving a checkpoint"
 
     def __init__(
         self, engine: ZeroEngine, directory: CheckpointDirectory, run: Validated, say: Callable[[str], None] = print,
@@ -36,6 +42,8 @@ class SaveCheckpoints(Callback):
         self.saver = Saver(engine)
         self.failures = 0
         """In a row."""
+        self.owed: set[Kind] = set()
+        """Kinds that were due after a step of which it is not clear whether its weights are any good."""
 
     def catch_up(self, state: TrainerState) -> None:
         """Write the milestone of the step that a run goes on from, where it was killed between the two. Collective."""
@@ -48,13 +56,10 @@ class SaveCheckpoints(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Raises Stopped where too many saves have failed in a row, or the last one; checkpoints that were complete are still there."""
         self._ended(self.saver.poll)
-        kinds: list[Kind] = []
-        if trainer.at_end or _is_due(report.step, self.settings.interval):
-            kinds.append("step")
-        if _is_due(report.step, self.settings.milestone_interval):
-            kinds.append("milestone")
+        kinds = self._due(trainer, report)
         if kinds:
             self._ended(self.saver.wait)
+            self._refuse_spoilt()
             self._save(trainer.state, kinds)
         if trainer.at_end:
             if not self._ended(self.saver.wait):
@@ -63,6 +68,33 @@ class SaveCheckpoints(Callback):
                     raise Stopped(f"the last checkpoint could not be written: {self._left()}")
         elif not self.settings.asynchronous:
             self._ended(self.saver.wait)
+
+    def _due(self, trainer: Trainer, report: StepReport) -> list[Kind]:
+        """What to save after this step."""
+        intervals = {"step": self.settings.interval, "milestone": self.settings.milestone_interval}
+        self.owed |= {kind for kind, interval in intervals.items() if _is_due(report.step, interval)}
+        if report.failure is not None:
+            return []
+        if trainer.at_end:
+            self.owed.add("step")
+        elif trainer.state.skipped_in_a_row or 0 < trainer.state.high_losses < self.run.config.spike.patience:
+            return []
+        due: list[Kind] = [kind for kind in KINDS if kind in self.owed]
+        self.owed.clear()
+        return due
+
+    def _refuse_spoilt(self) -> None:
+        """Collective. Raises Stopped where a weight of any rank is not finite, which the loss tells one step later at the earliest."""
+        if not self.engine.weights_are_finite():
+            raise Stopped(
+                f"a weight is not finite, though no gradient was: no checkpoint is written of it ({self._left()}). Is optimizer.eps "
+                "0, or the learning rate far too high?"
+            )
+
+    def drain(self) -> None:
+        """Wait for the save under way, before going back to an earlier one. Collective."""
+        self._ended(self.saver.wait)
+        self.owed.clear()
 
     def _ended(self, look: Callable[[], SaveReport | None]) -> bool:
         """Say what became of a save that `look` finds ended; False where it failed. Raises Stopped at the last failure allowed."""

@@ -15,6 +15,8 @@ from pretrain.validate import Validated
 class LogMetrics(Callback):
     """Collects on all ranks; `tracker` is None on all but the tracking rank, which prints and logs."""
 
+    doing = "logging"
+
     def __init__(self, run: Validated, tracker: Tracker | None, device: torch.device):
         self.run, self.tracker, self.device = run, tracker, device
         self.interval = run.config.train.log_interval
@@ -39,7 +41,7 @@ class LogMetrics(Callback):
         metrics = dict(report.metrics)
         if self._is_logged(report.step):
             metrics |= self._measure(trainer)
-        elif not metrics and not trainer.at_end:
+        elif not metrics and not trainer.at_end and report.failure is None:
             return
         metrics |= self._basics(trainer, report)
         if self.tracker is not None:

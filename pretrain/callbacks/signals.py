@@ -1,27 +1,79 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save a checkpoint, leave."""
 
+import os
 import signal
+import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 
 from pretrain.trainer import Callback, StepReport, Trainer
+from pretrain.watchdog import Watchdog
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN_S = 5.0
+"""torchrun passes a signal on that has reached its whole process group already: one that comes within this time is the same."""
+LOST_S = 10.0
+"""After a signal, how long a rank whose peer is gone may take to notice by itself: NCCL does not."""
 
 
 class StopOnSignal(Callback):
-    """A signal may reach only some ranks, and not all during the same step: each step the ranks agree on the highest number."""
+    """A signal may reach only some ranks, and not all during the same step: each step the ranks agree on the highest number.
 
-    def __init__(self, device: torch.device):
+    Python's handlers run between two instructions of the main thread, which may be waiting for other ranks. So a thread reads the
+    numbers from the descriptor that the interpreter writes them to at once: it answers the first signal, ends the process at a
+    second SIGTERM or SIGINT, and where the process that launched us ends us because another rank has died.
+    """
+
+    doing = "agreeing on signals"
+
+    def __init__(self, device: torch.device, watchdog: Watchdog):
         self.received = 0
         self.flag = torch.zeros((), dtype=torch.int32, device=device)
+        self.watchdog = watchdog
+        self._asked: float | None = None
+        self._numbers, descriptor = os.pipe()
+        os.set_blocking(descriptor, False)
         for number in HANDLED:
             signal.signal(number, self._receive)
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, name="signals", daemon=True).start()
 
     def _receive(self, number, frame):
-        # torchrun passes a terminal's Ctrl-C on, so that it comes twice; who cannot wait sends SIGQUIT.
         self.received = number
+
+    def _answer(self) -> None:
+        first = True
+        while number := os.read(self._numbers, 1):
+            name = signal.Signals(number[0])
+            if name not in HANDLED:
+                continue
+            self.received = int(name)
+            if first:
+                self._tell(f"{name.name}: finishing the step and saving, then ending; a second SIGTERM or SIGINT ends at once")
+                first = False
+            if name == signal.SIGUSR1:
+                continue
+            if self._asked is None:
+                self._asked = time.monotonic()
+                threading.Thread(target=self._notice_the_dead, name="lost ranks", daemon=True).start()
+            elif time.monotonic() - self._asked > AGAIN_S:
+                self._tell(f"{name.name} again: ending at once, without a checkpoint of this step")
+                os._exit(128 + int(name))
+
+    def _notice_the_dead(self) -> None:
+        while not (lost := self.watchdog.lost()):
+            time.sleep(1)
+        time.sleep(LOST_S)
+        doing = self.watchdog.progress.now
+        print(f"rank {dist.get_rank()}: ends {doing}, the processes of ranks {lost} are gone", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _tell(self, text: str) -> None:
+        if self.watchdog.rank == 0:
+            print(text, flush=True)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self.flag.fill_(self.received)

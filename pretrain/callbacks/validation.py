@@ -13,6 +13,8 @@ from pretrain.validate import Validated
 class Validate(Callback):
     """Adds `val/loss` (nat per token) every `validation.interval` steps and after the last step."""
 
+    doing = "validation"
+
     def __init__(self, run: Validated, device: torch.device):
         config = run.config
         self.interval, self.size, self.device = config.validation.interval, config.train.micro_batch_size, device
@@ -24,7 +26,9 @@ class Validate(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if trainer.finished or (self.interval and report.step % self.interval == 0):
-            report.metrics["val/loss"] = trainer.engine.evaluate(self._batches(), self.micro_batches)
+            report.metrics["val/loss"] = trainer.engine.evaluate(
+                trainer.progress.reading(self._batches(), then=self.doing), self.micro_batches
+            )
 
     def _batches(self) -> Iterator[torch.Tensor]:
         first = parallel_state.get_data_parallel_rank() * self.micro_batches * self.size

@@ -1,4 +1,4 @@
-"""What names and paths may be."""
+"""What names and paths may be, and whether the run directory can be written."""
 
 import dataclasses
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from pretrain.config import PretrainConfig, flatten, to_dict
+from pretrain.run_directory import problems as directory_problems
 
 NAME_BYTES, PATH_BYTES = 255, 4095
 """Of a name in a folder and of a path, on Linux."""
@@ -43,6 +44,9 @@ def _path_problems(config: PretrainConfig) -> Iterator[str]:
     }.items():
         if problem := _path_problem(value):
             yield f"{name}={_shortened(value)} {problem}"
+    directory = config.run_directory
+    if usable_path(str(directory)) and usable_path(config.output_dir):
+        yield from directory_problems(directory, "output_dir" if config.output_dir else f"output_dir (unset: {directory})")
 
 
 def _path_problem(text: str) -> str | None:

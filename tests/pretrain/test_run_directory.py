@@ -26,9 +26,10 @@ def test_a_file_in_the_way_is_named(tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("")
     link.symlink_to("nowhere")
-    for path, culprit in ((file, file), (file / "run", file), (link, link)):
+    for path, culprit in ((file, f"{file} is a file"), (file / "run", f"{file} is a file"), (link, f"{link} is a link to nothing")):
         [problem] = problems(path)
-        assert problem.startswith(f"output_dir: {path} cannot be written ({culprit} is no directory): choose another output_dir")
+        wanted = f"output_dir: {path} cannot be written ({culprit}, and a directory is needed): choose another output_dir"
+        assert problem.startswith(wanted)
 
 
 def test_missing_permissions_are_named():

@@ -1,0 +1,46 @@
+"""Batches that something was wrong with, kept for whoever looks for the reason."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.reader import TokenDataset
+from pretrain.trainer import StepReport
+from pretrain.validate import Validated
+
+MAX_KEPT = 10
+"""Batches in one folder."""
+
+
+class BatchFolder:
+    """RUN_DIR/NAME/step_N.npz. For rank 0.
+
+    A file holds sample_ids int64 [global batch] (indices of `data_tools.reader.TokenStore`), tokens int64 [global batch,
+    sequence_length + 1], loss and grad_norm.
+    """
+
+    def __init__(self, run: Validated, name: str):
+        self.run, self.path = run, run.config.run_directory / name
+
+    def keep(self, report: StepReport, first: int) -> Path | None:
+        """Write the samples from `first` on, of all ranks; None where there are enough already, or no room."""
+        config = self.run.config
+        try:
+            self.path.mkdir(exist_ok=True)
+            path = self.path / f"step_{report.step:08d}.npz"
+            if len(list(self.path.glob("*.npz"))) >= MAX_KEPT and not path.exists():
+                return None
+            size = config.train.global_batch_size
+            dataset = TokenDataset(
+                config.data.path, "train", config.data.sequence_length, config.train.seed, size, size,
+                consumed_samples=first, window_shards=config.data.window_shards,
+            )  # fmt: skip
+            batch = next(iter(dataset))
+            np.savez(
+                path, sample_ids=batch["sample_ids"].numpy(), tokens=batch["tokens"].numpy(), loss=report.result.loss,
+                grad_norm=report.result.grad_norm,
+            )  # fmt: skip
+        except OSError as error:
+            print(f"warning: the batch could not be kept: {error}", flush=True)
+            return None
+        return path

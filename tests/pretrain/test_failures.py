@@ -1,0 +1,138 @@
+"""A rank that fails, dies or hangs: the others end soon, and what is said first is what happened."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from pretrain.callbacks.signals import AGAIN_S
+from tests.pretrain.faults import Fault
+from tests.pretrain.forked import ForkedRun
+from tests.pretrain.launch import TIMEOUT_S, TINY, started, training, wait_for_step
+
+ARGUMENTS = [
+    *("--train.micro_batch_size", 2, "--train.global_batch_size", 8, "--validation.samples", 8, "--train.steps", 100000),
+    *("--checkpoint.interval", 1000),
+]
+
+
+def _launched(fault: str, shards, run) -> tuple[int, str, float]:
+    """(exit status, output up to the launcher's own, seconds from the first step to the end) under the real launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.pretrain.faults"]
+    arguments = [str(value) for value in (*TINY, "--data.path", shards, "--output_dir", run, *ARGUMENTS)]
+    with started([*launcher, *arguments], env={"FAULT": fault, "PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        lines, begun = [], None
+        for line in process.stdout:
+            lines.append(line)
+            if begun is None and line.startswith("step 1/"):
+                begun = time.monotonic()
+        process.wait()
+    assert begun is not None, "".join(lines)
+    output = "".join(lines)
+    # torchrun ends with a traceback of its own, behind a page about the workers.
+    assert "ChildFailedError" in output
+    return (
+        process.returncode,
+        output[: output.index("torch.distributed.elastic.multiprocessing.errors")].rpartition("Traceback")[0],
+        time.monotonic() - begun,
+    )
+
+
+@pytest.mark.parametrize("fault", ["1,4,step,raises", pytest.param("1,4,step,killed", marks=pytest.mark.matrix)])
+def test_under_the_launcher_the_others_end_and_the_cause_is_told_first(shards, tmp_path, fault):
+    status, output, seconds = _launched(fault, shards, tmp_path / "run")
+    assert status == 1 and seconds < 60
+    if fault.endswith("raises"):
+        assert output.count("Traceback (most recent call last)") == 1
+        told = output.index("rank 1 (")
+        assert output.index(") failed in step 4: computing\nTraceback (most", told) < output.index("ArithmeticError: a fault of this test")
+        assert "lost contact" not in output[:told]
+    else:
+        assert "Traceback (most" not in output and "rank 0: ends in step 4: computing, it has lost contact" in output
+
+
+@pytest.mark.parametrize(("where", "rank", "doing"), [("data", 1, "waiting for data"), ("callback", 0, "logging")])
+def test_the_failing_rank_says_what_it_did(shards, tmp_path, where, rank, doing):
+    with training("--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, before=Fault(rank, 3, where, "raises")) as process:
+        output, _ = process.communicate(60)
+    assert process.returncode == 1
+    assert output.count("Traceback (most recent call last)") == 1 and "ArithmeticError: a fault of this test" in output
+    assert f"rank {rank} (" in output and f") failed in step 3: {doing}\n" in output
+    assert f"rank {1 - rank}: ends in step " in output and "lost contact with another rank" in output
+
+
+def _hang(fault: Fault, told: str, *marks):
+    return pytest.param(fault, told, id=f"{fault.where}-{fault.what}", marks=marks)
+
+
+HANGS = [
+    _hang(Fault(1, 4, "data", "sleeps"), "rank 1 in step 4: waiting for data"),
+    _hang(Fault(1, 4, "step", "sleeps"), "rank 1 in step 4: computing", pytest.mark.matrix),
+    _hang(Fault(0, 4, "callback", "sleeps"), "rank 0 in step 4: logging", pytest.mark.matrix),
+    _hang(Fault(1, 4, "step", "stopped"), "rank 1 does not answer, last heard of "),
+]
+
+
+@pytest.mark.parametrize(("fault", "told"), HANGS)
+def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault, told):
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, "--train.hang_timeout_s", 4]
+    with training(*arguments, before=fault) as process:
+        other = process.processes[1 - fault.rank]
+        other.join(TIMEOUT_S)
+        output, code = process.output, other.exitcode
+        if fault.what == "sleeps":
+            output, _ = process.communicate(60)
+    assert code == 1, output
+    line = next(line for line in output.splitlines() if line.startswith(f"rank {1 - fault.rank} ("))
+    assert "no progress for " in line and f"; waiting for ranks [{fault.rank}]: {told}" in line
+    if fault.what == "sleeps":
+        own = output.index(f"rank {fault.rank} (")
+        assert own < output.index(f"rank {1 - fault.rank} (") and "; the others wait for this rank; its stack:" in output
+        assert "in <lambda>" in output[own:] and "faults.py" in output[own:], "the stack shows where"
+
+
+def _told(process: ForkedRun, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in process.output:
+        assert time.monotonic() < deadline, process.output
+        time.sleep(0.05)
+
+
+def test_a_signal_is_answered_at_once_and_a_second_one_obeyed_though_the_rank_is_blocked(shards, tmp_path):
+    run = tmp_path / "run"
+    with training("--data.path", shards, "--output_dir", run, *ARGUMENTS, before=Fault(1, 4, "step", "sleeps")) as process:
+        wait_for_step(process, run, 3)
+        os.kill(process.processes[0].pid, signal.SIGTERM)
+        _told(process, "SIGTERM: finishing the step and saving, then ending; a second SIGTERM or SIGINT ends at once")
+        # The launcher's copy of the same signal.
+        os.kill(process.processes[0].pid, signal.SIGTERM)
+        process.processes[0].join(AGAIN_S + 0.5)
+        assert process.processes[0].exitcode is None
+        os.kill(process.processes[0].pid, signal.SIGTERM)
+        process.processes[0].join(30)
+        assert process.processes[0].exitcode == 128 + signal.SIGTERM
+        assert "SIGTERM again: ending at once, without a checkpoint of this step" in process.output
+
+
+@dataclass(frozen=True)
+class Deaf:
+    """As with NCCL, rank 0 does not notice by itself that the other one is gone."""
+
+    def __call__(self, rank: int) -> None:
+        import pretrain.callbacks.signals
+
+        pretrain.callbacks.signals.LOST_S = 0.5
+        Fault(0, 4, "step", "sleeps")(rank)
+
+
+def test_a_rank_that_is_told_to_end_notices_that_another_is_gone(shards, tmp_path):
+    run = tmp_path / "run"
+    with training("--data.path", shards, "--output_dir", run, *ARGUMENTS, before=Deaf()) as process:
+        wait_for_step(process, run, 3)
+        process.processes[1].kill()
+        output, _ = process.communicate(25)
+    assert process.processes[0].exitcode == 1
+    assert "rank 0: ends in step 4: computing, the processes of ranks [1] are gone" in output

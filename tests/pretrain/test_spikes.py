@@ -1,0 +1,164 @@
+"""Loss spikes: what is one, and how a run goes back before it and on behind its samples."""
+
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from pretrain.callbacks.spikes import observe
+from pretrain.config import SpikeConfig
+from pretrain.trainer import TrainerState
+from tests.pretrain.killing import Watched, consumed
+from tests.pretrain.launch import TIMEOUT_S, journal, training
+from tests.pretrain.test_resume import tensors
+
+SETTINGS = SpikeConfig(window=16, threshold=6, min_increase=0.3, patience=3)
+
+
+def _run(losses: list[float], settings: SpikeConfig = SETTINGS) -> list[int]:
+    """Positions at which a spike is told."""
+    state = TrainerState()
+    return [
+        position for position, loss in enumerate(losses)
+        if observe(state, loss, settings) is not None and state.high_losses == settings.patience
+    ]  # fmt: skip
+
+
+def test_what_is_a_spike():
+    noise = random.Random(0)
+    quiet = [4 - 0.01 * step + noise.gauss(0, 0.05) for step in range(60)]
+    assert _run(quiet) == []
+    for height, length, told in ((1.0, 3, [32]), (1.0, 2, []), (1.0, 9, [32]), (0.2, 9, [])):
+        spiky = [loss + height * (30 <= step < 30 + length) for step, loss in enumerate(quiet)]
+        assert _run(spiky) == told, (height, length)
+    # No judgement before the window is full; what is not finite is for others to count.
+    assert _run([9.0 if 5 <= step < 10 else loss for step, loss in enumerate(quiet)]) == []
+    assert _run([float("nan") if step in (31, 33) else loss + (30 <= step < 35) for step, loss in enumerate(quiet)]) == [34]
+    # A loss that stays high is told once and becomes what is usual.
+    assert _run([loss + (step >= 30) for step, loss in enumerate(quiet)]) == [32]
+
+
+def test_a_state_that_was_written_and_read_decides_alike():
+    noise = random.Random(1)
+    losses = [3 + noise.gauss(0, 0.1) + 2 * (step % 25 > 20) for step in range(100)]
+    whole, parts = TrainerState(), TrainerState()
+    for loss in losses:
+        parts = TrainerState(**json.loads(json.dumps(vars(parts))))
+        assert observe(whole, loss, SETTINGS) == observe(parts, loss, SETTINGS)
+    assert whole == parts
+
+
+STEPS, SPIKE = 20, range(13, 15)
+ARGUMENTS = [
+    *("--train.micro_batch_size", 2, "--train.global_batch_size", 8, "--validation.samples", 8, "--train.steps", STEPS),
+    *("--checkpoint.interval", 2, "--checkpoint.keep_last", 4, "--spike.window", 8, "--spike.patience", 2, "--spike.rollback_steps", 4),
+]
+
+
+@dataclass(frozen=True)
+class SpikeAt:
+    """The loss of these global batches of the sample order is 3 higher; kills rank 0 where a roll-back has been decided."""
+
+    samples: Path
+    batches: tuple[int, ...]
+    kill: bool = False
+
+    def __call__(self, rank: int) -> None:
+        Watched(samples=self.samples)(rank)
+        import pretrain.run
+        from megatron_qsparse.parallel.zero import ZeroEngine
+
+        at, original, make = itertools.count(), ZeroEngine.train_step, pretrain.run.Trainer
+
+        def trainer(run, engine, batches, state, *args):
+            nonlocal at
+            at = itertools.count(state.consumed_samples // 8)
+            return make(run, engine, batches, state, *args)
+
+        def step(engine, *args):
+            import dataclasses
+
+            result = original(engine, *args)
+            return dataclasses.replace(result, loss=result.loss + 3 * (next(at) in self.batches))
+
+        mock.patch.object(ZeroEngine, "train_step", step).start()
+        mock.patch.object(pretrain.run, "Trainer", trainer).start()
+        if self.kill and rank == 0:
+            import os
+            import signal
+
+            from pretrain import rollback
+
+            decide = rollback.decide
+
+            def dying(*args):
+                decide(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            mock.patch.object(rollback, "decide", dying).start()
+
+
+def _start(folder: Path, shards: Path, action: str, *more: object, batches=tuple(SPIKE), kill: bool = False):
+    folder.mkdir(exist_ok=True)
+    arguments = ["--data.path", shards, "--output_dir", folder / "run", *ARGUMENTS, "--spike.action", action, *more]
+    with training(*arguments, before=SpikeAt(folder / "samples.jsonl", batches, kill)) as process:
+        output, _ = process.communicate(TIMEOUT_S)
+    return process.returncode, output
+
+
+def _rows(run: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if name == "step" or name.startswith("train/")} for row in journal(run)]
+
+
+def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path):
+    status, output = _start(tmp_path / "whole", shards, "rollback")
+    assert status == 0, output
+    assert "warning: loss spike in steps 14 to 15: loss 9." in output
+    assert "roll-back 1 of at most 3: going back to step 10" in output
+    assert "rolled back to step 10: samples 80 to 119, up to the end of the loss spike, are left out" in output
+    run = tmp_path / "whole" / "run"
+    state = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "trainer.json").read_text())["state"]
+    assert (state["step"], state["consumed_samples"], state["rollbacks"]) == (STEPS, (STEPS + 5) * 8, 1)
+    assert [row["step"] for row in journal(run)] == list(range(STEPS + 1))
+    discarded = [json.loads(line) for line in (run / "metrics.discarded.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in discarded] == [11, 12, 13, 14, 15] and discarded[-1]["train/spike"] == 2
+    assert sorted(path.name for path in (run / "spikes").iterdir()) == ["step_00000014.npz", "step_00000015.npz"]
+
+    # Killed when it was decided, started again, and stopped once more on the way.
+    broken = tmp_path / "broken"
+    status, output = _start(broken, shards, "rollback", kill=True)
+    assert status == -9 and (broken / "run" / "rollbacks.json").exists(), output
+    status, output = _start(broken, shards, "rollback")
+    assert status == 0 and "rolled back to step 10" in output, output
+    again = broken / "run"
+    assert _rows(again) == _rows(run)
+    last = f"step_{STEPS:08d}"
+    expected, found = tensors(run / "checkpoints" / last), tensors(again / "checkpoints" / last)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert json.loads((again / "checkpoints" / last / "trainer.json").read_text())["state"] == state
+    assert sorted(path.name for path in (again / "checkpoints").iterdir()) == sorted(path.name for path in (run / "checkpoints").iterdir())
+    whole, parts = consumed(tmp_path / "whole" / "samples.jsonl"), consumed(broken / "samples.jsonl")
+    # By the position in the sample order, counted in batches: 11 to 15 were seen before, 16 follows on 10.
+    assert {number: whole[number] for number in range(16, STEPS + 6)} == {number: parts[number] for number in range(16, STEPS + 6)}
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_spike_is_told_or_the_end(shards, tmp_path, action):
+    status, output = _start(tmp_path, shards, action)
+    assert "warning: loss spike in steps 14 to 15: loss 9." in output
+    assert journal(tmp_path / "run")[-1]["step"] == (STEPS if action == "warn" else 15)
+    if action == "stop":
+        assert status == 1 and "and spike.action=stop: lower optimizer.lr" in output and "Traceback (most" not in output
+    else:
+        assert status == 0
+
+
+def test_a_run_that_spikes_again_and_again_stops_in_words(shards, tmp_path):
+    status, output = _start(tmp_path, shards, "rollback", "--spike.max_rollbacks", 1, batches=(13, 14, 18, 19))
+    assert status == 1 and "Traceback (most" not in output
+    assert "error: loss spike in steps 14 to 15" in output and "after 1 roll-backs (spike.max_rollbacks): lower optimizer.lr" in output
