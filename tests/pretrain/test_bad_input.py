@@ -144,6 +144,11 @@ def test_no_shards_where_the_path_points(tmp_path):
     assert "nowhere" in message and "data_tools tokenize" in message
 
 
+def test_a_file_in_the_place_of_the_shards_directory(shards):
+    message = refused(run("pretrain.train", *TINY, "--data.path", shards / "manifest.json"))
+    assert f"data.path: {shards / 'manifest.json'} is a file: name the shards directory" in message and "tokenize" not in message
+
+
 def test_a_missing_and_a_cut_shard(shards, tmp_path):
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
@@ -239,6 +244,9 @@ def test_plan_prints_what_the_run_would_be(shards):
     for part in ("147,776", "keeps 26 x 1 of 64", "keeps 3 x 8 of 64", "keeps 6 x 8 of 128", "GiB", "tokens", "no problems found"):
         assert part in result.stdout
     assert "3 of 0.000 GiB" in result.stdout
+    # No checkpoint to go on from before the end, and fewer samples than asked for: neither goes without saying.
+    assert "after the last step and on a signal only" in result.stdout and "milestones hold no optimizer state" in result.stdout
+    assert "256 asked for" in result.stdout and "after the last step only" in result.stdout
 
 
 def test_a_saved_configuration_is_read_back(shards, tmp_path):

@@ -73,6 +73,9 @@ def test_what_cannot_work_is_refused_in_words(shards, first, tmp_path):
     assert "model.num_layers: 2 in the checkpoint, 3 now" in _problems(shards, first, run, "--model.num_layers", "3")
     assert "bitnet.enabled: False in the checkpoint, True now" in _problems(shards, first, run, "--bitnet.enabled", "true")
     assert "model.vocab_size: 512 in the checkpoint, 640 now" in _problems(shards, first, run, "--model.vocab_size", "640")
+    for place, told in ((shards, "holds no checkpoints"), (shards / "manifest.json", "is a file")):
+        message = _problems(shards, place, run)
+        assert f"checkpoint.start_from: {place} {told}: name a run directory" in message and "show" not in message
     assert f"checkpoint.start_from: {tmp_path / 'gone'} is no directory" in _problems(shards, tmp_path / "gone", run)
     copy = Path(shutil.copytree(first, tmp_path / "copy")) / "checkpoints" / "step_00000004"
     (copy / "config.yaml").unlink()
