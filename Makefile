@@ -1,8 +1,13 @@
 # Two commands: `make quickstart` and `make test`. Both install what is missing into .venv first; `make install` does only that.
+# In a container that brings its own torch: `make install-into-current`.
 #
 #   PYTHON=/path/to/python3.11   interpreter for .venv
 #   PYTHON312=/path/to/python3.12 interpreter for `make test-py312`
 #   TORCH_INDEX=URL              package index for torch, e.g. PyTorch's CPU index (see README: "Quickstart")
+#   OFFLINE=DIR                  install from this folder of `make wheelhouse`, without any network
+#   WHEELHOUSE=DIR FOR=current   where `make wheelhouse` collects, and that it is for an environment that has torch itself
+#   PLAN=1                       `make install-into-current` shows what it would do, and stops
+#   CACHE=DIR                    where `make prebuild` puts what it compiles
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -10,24 +15,39 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+OFFLINE ?=
+WHEELHOUSE ?= wheelhouse
+FOR ?=
+CACHE ?= .prebuilt
+# The active environment's, unless PYTHON was given.
+CURRENT := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
+PIP := $(if $(OFFLINE),PIP_CONFIG_FILE=/dev/null )$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(OFFLINE),--no-index --find-links "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-py312 lint gpu-smoke bench clean
+.PHONY: help install install-into-current wheelhouse prebuild quickstart test test-all test-py312 lint gpu-smoke bench clean
 
 help:
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 install: $(VENV)/.installed ## create .venv with the project and its exact dependencies
 
 $(VENV)/.installed: setup.cfg constraints.txt tools/make_venv.sh
-	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/make_venv.sh $(VENV)
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" OFFLINE="$(OFFLINE)" bash tools/make_venv.sh $(VENV)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need"
 	@$(PIP) -e '.[test]'
 	@touch $@
+
+install-into-current: ## into the active environment, leaving its torch, numpy and CUDA packages alone
+	@PYTHON="$(CURRENT)" bash tools/install_into_current.sh $(if $(OFFLINE),--offline "$(OFFLINE)") $(if $(PLAN),--plan)
+
+wheelhouse: ## a folder of every wheel, for `make install OFFLINE=DIR`; FOR=current: what the active environment lacks
+	@PYTHON="$(if $(filter current,$(FOR)),$(CURRENT),$(PYTHON))" TORCH_INDEX="$(TORCH_INDEX)" FOR="$(FOR)" bash tools/make_wheelhouse.sh "$(WHEELHOUSE)"
+
+prebuild: ## compile beforehand what training would compile when it starts, and prove that nothing is left
+	@PYTHON="$(CURRENT)" bash tools/prebuild.sh $(VENV) "$(CACHE)"
 
 quickstart: install ## corpus -> tokenizer -> shards -> four runs -> report (about ten minutes on two cores)
 	@$(PY) -m pretrain.quickstart
@@ -55,4 +75,4 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove the environments and the quickstart's output
-	rm -rf $(VENV) .venv-py312 quickstart invariance.md
+	rm -rf $(VENV) .venv-py312 quickstart invariance.md .prebuilt

@@ -66,6 +66,8 @@ class Manifest:
         """Reads `directory`/manifest.json. Raises ManifestError when it is missing, damaged, or of another format."""
         directory = Path(directory)
         path = directory / MANIFEST_NAME
+        if directory.is_file():
+            raise ManifestError(f"{directory} is a file: name the shards directory, where {MANIFEST_NAME} and the shards lie")
         if not path.is_file():
             state = "is not finished" if directory.is_dir() else "does not exist"
             raise ManifestError(

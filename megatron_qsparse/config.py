@@ -172,7 +172,7 @@ def _recipe_problems(recipe: list[RecipeRule], num_layers: int, projections: lis
         if rule.keep is None and rule.bitnet is None:
             found.append(f"{where} changes nothing: give the rule a keep or a bitnet")
         if not any(_first_match(layer, num_layers, projection, [rule]) for layer, projection in names):
-            found.append(f"{where} matches no projection; names are like layers.0.mlp.down")
+            found.append(f"{where} matches no projection: correct it; names are like layers.0.mlp.down")
         elif not any(_first_match(layer, num_layers, projection, recipe) is rule for layer, projection in names):
             found.append(f"{where} is never reached, since earlier rules match first: move it up")
     return found
@@ -214,7 +214,24 @@ def _width_problems(qsparse: QSparseConfig, widths: dict[str, int], num_layers: 
         row = projection in ROW_PROJECTIONS
         if qsparse.mode == "block" and width % (qsparse.block_m * (tensor_parallel if row else 1)):
             share = f"{width}/{tensor_parallel}" if row else f"{width}"
-            found.append(f"qsparse.block_m={qsparse.block_m} does not divide the {share} input features of {projection} on a rank")
+            found.append(
+                f"qsparse.block_m={qsparse.block_m} does not divide the {share} input features of {projection} on a rank: choose another"
+            )
         if qsparse.mode == "groups" and row and width % qsparse.groups:
-            found.append(f"qsparse.groups={qsparse.groups} does not divide the {width} input features of {projection}")
-    return found
+            found.append(f"qsparse.groups={qsparse.groups} does not divide the {width} input features of {projection}: choose another")
+    return found or _dense_after_all(qsparse, sparse, num_layers)
+
+
+def _dense_after_all(qsparse: QSparseConfig, widths: dict[str, int], num_layers: int) -> list[str]:
+    """A kept fraction that rounds to every feature of a slice: sparse by its settings, and a dense run."""
+    found = {}
+    for projection, width in widths.items():
+        for layer in range(num_layers):
+            settings = resolve(layer, num_layers, projection, width, qsparse, BitNetConfig())
+            size = width // settings.groups
+            if settings.sparse and settings.k(width) == size:
+                found[projection] = (
+                    f"{projection} keeps all {size} features of each slice at a kept fraction of {float(settings.keep):g}: lower "
+                    "qsparse.keep, or choose larger slices (smaller qsparse.groups, larger qsparse.block_m)"
+                )
+    return list(found.values())

@@ -4,10 +4,10 @@ What defines the network and the data is compared by `identity` and never differ
 logs is free. Everything else changes what is trained from here on and must be asked for: `allow_change`.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
-
+from pretrain.checkpoint.content import read_settings
 from pretrain.config import PretrainConfig, flatten, to_dict
 
 IDENTITY = (
@@ -27,7 +27,7 @@ OF_THE_START = ("resume", "allow_change", "format_version")
 
 def compare(saved: Path, config: PretrainConfig) -> list[str]:
     """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
-    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
+    before, now = read_settings(saved), flatten(to_dict(config))
     compared = [name for name in now if name in before and name not in OF_THE_START and not name.startswith(IDENTITY)]
     changed = [name for name in compared if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
@@ -43,18 +43,28 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
 
 def none(saved: Path, config: PretrainConfig) -> bool:
     """Whether a run with this config.yaml would be trained as this one is: only layout, intervals and places may differ."""
-    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(to_dict(config))
+    before, now = read_settings(saved), flatten(to_dict(config))
     return all(before.get(name) == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
 
 
 def problems(config: PretrainConfig) -> list[str]:
     """What cannot work in `allow_change`."""
-    names = flatten(to_dict(config))
-    return [
-        f"allow_change={config.allow_change}: there is no setting {name}"
-        for name in _named(config.allow_change)
-        if not any(_covers(name, field) for field in names)
-    ]
+    names, found = flatten(to_dict(config)), []
+    if not config.allow_change.isprintable():
+        # Told by pretrain.validation.texts.
+        return found
+    if config.allow_change and config.resume == "never":
+        found.append(f"allow_change={config.allow_change} has no effect with resume=never: leave one of them out")
+    for name in _named(config.allow_change):
+        meant = [field for field in names if _covers(name, field)]
+        if not meant:
+            close = get_close_matches(name, [*names, *(field.partition(".")[0] for field in names)], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ": correct it"
+            found.append(f"allow_change={config.allow_change}: there is no setting {name}{hint}")
+        elif all(field.startswith(IDENTITY) for field in meant):
+            found.append(f"allow_change={config.allow_change}: {name} is part of what the run is and never changes: leave it out, or "
+                         "start another run (checkpoint.start_from takes weights)")  # fmt: skip
+    return found
 
 
 def _is_allowed(field: str, allowed: str) -> bool:

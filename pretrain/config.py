@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m pretrain.train --config pretrain/configs/tiny_qsparse.yaml --optimizer.lr 1e-3
 
-A misspelt key is an error. Importing this module is cheap; torch is not needed to read, print or validate a configuration.
+A misspelt key is an error, see `pretrain.arguments`. Importing this module is cheap; torch is not needed to read, print or validate a
+configuration.
 """
 
 import dataclasses
@@ -16,6 +17,10 @@ from pretrain.tracking.tracker import TrackingConfig
 
 FORMAT_VERSION = 1
 """Of config.yaml as saved in run directories and checkpoints."""
+
+
+class ConfigurationError(ValueError):
+    """One or more settings cannot work; the message has a line for each."""
 
 
 @dataclass(kw_only=True)
@@ -203,25 +208,10 @@ class PretrainConfig:
 
 
 def parse(args: list[str] | None = None, prog: str | None = None, description: str | None = None) -> PretrainConfig:
-    """Read `--config FILE` and dotted overrides. Exits with status 2 and the reason on a key or value that does not fit."""
-    parser = make_parser(prog, description)
-    return to_config(parser.instantiate(parser.parse_args(args)))
+    """Read `--config FILE` and dotted flags, which win. Raises ConfigurationError naming each key or value that does not fit."""
+    from pretrain import arguments
 
-
-def make_parser(prog: str | None = None, description: str | None = None):
-    """jsonargparse parser whose keys are the fields of PretrainConfig."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override what it says")
-    parser.add_class_arguments(PretrainConfig, nested_key=None)
-    return parser
-
-
-def to_config(values) -> PretrainConfig:
-    """The configuration among the instantiated values of `make_parser`'s parser."""
-    return PretrainConfig(**{item.name: values[item.name] for item in dataclasses.fields(PretrainConfig)})
+    return arguments.parse(args, prog, description)
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Lease:
         self._made_directory = not self.directory.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            number, other = self._newest()
+            number, other = self.newest()
             dead = other is None or other.is_dead(self.owner)
             if dead is None:
                 dead = self._watch(number, other, say)
@@ -162,7 +162,7 @@ class Lease:
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
 
-    def _newest(self) -> tuple[int, Owner | None]:
+    def newest(self) -> tuple[int, Owner | None]:
         """The highest number taken and who took it; (0, None) where nobody has, (n, None) where the file cannot be understood."""
         numbers = self._numbers()
         if not numbers:
@@ -181,7 +181,7 @@ class Lease:
         deadline = time.monotonic() + self.patience_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.interval_s))
-            number_now, now = self._newest()
+            number_now, now = self.newest()
             if number_now != number:
                 return None
             if now != seen:
@@ -234,7 +234,7 @@ class Lease:
             os.fsync(file.fileno())
         numbers = self._numbers()
         if numbers and numbers[-1] > self._number:
-            _, other = self._newest()
+            _, other = self.newest()
             self._lost = f"{self.directory} was taken from this process ({self.owner}) by {other}"
 
 

@@ -1,11 +1,10 @@
-"""What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, and every problem found.
+"""What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, what lies in its directory, every problem.
 
     python -m pretrain.plan --config pretrain/configs/tiny_qsparse.yaml --world_size 16 [--section.field value ...]
 
 Exit status 0 where the run could start, 2 where something must be changed first.
 """
 
-import os
 import sys
 
 from data_tools.manifest import Manifest
@@ -19,7 +18,10 @@ from megatron_qsparse.models.accounting import (
 )
 from megatron_qsparse.models.config import ModelConfig
 from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_rank
-from pretrain.config import PretrainConfig, make_parser, to_config
+from pretrain import launcher
+from pretrain.arguments import make_parser, read, to_config
+from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.outlook import look
 from pretrain.validate import examine
 
 GIB = 2**30
@@ -27,15 +29,27 @@ GIB = 2**30
 
 def main(args: list[str] | None = None) -> int:
     parser = make_parser(prog="python -m pretrain.plan", description=__doc__)
-    parser.add_argument("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="processes of the whole run")
-    values = parser.instantiate(parser.parse_args(args))
+    try:
+        parser.add_argument("--world_size", type=int, default=launcher.world_size(), help="processes of the whole run")
+        values = read(parser, args, more={"world_size": int})
+    except ConfigurationError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
     config, world_size = to_config(values), values["world_size"]
     problems, model, manifest = examine(config, world_size)
     for title, rows in sections(config, world_size, model, manifest):
         print(f"{title}\n{table(rows)}\n")
+    complete = False
+    if not problems:
+        outlook = look(config, model, manifest)
+        print(f"run directory\n{table(outlook.rows)}\n")
+        for warning in outlook.warnings:
+            print(f"warning: {warning}")
+        problems, complete = outlook.problems, outlook.complete
     for problem in problems:
         print(f"problem: {problem}")
-    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found" if problems else "no problems found: this run can start")
+    fine = f"no problems found: this run {'is complete' if complete else 'can start'}"
+    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found" if problems else fine)
     return 2 if problems else 0
 
 
@@ -109,7 +123,21 @@ def batch_rows(config: PretrainConfig, world_size: int, manifest: Manifest | Non
     if manifest is not None:
         available = manifest.tokens("train")
         rows.append(("data", f"{available:,} training tokens: {train.steps * tokens / available:.2f} epochs"))
+        rows.append(("validation", validation_text(config, manifest)))
     return rows
+
+
+def validation_text(config: PretrainConfig, manifest: Manifest) -> str:
+    """How many samples are measured, which may be fewer than asked for, and when."""
+    asked, batch, interval = config.validation.samples, config.train.global_batch_size, config.validation.interval
+    found = sum((shard.tokens - 1) // config.data.sequence_length for shard in manifest.shards_of("validation"))
+    used = max(batch, min(asked, found) // batch * batch)
+    why = "" if used == asked else f" ({asked} asked for, {found} there, in whole batches of {batch})"
+    return f"{used} samples{why}, {moments(interval, config.train.steps)}"
+
+
+def moments(interval: int, steps: int) -> str:
+    return f"every {interval:,} steps and after the last" if 0 < interval < steps else "after the last step only"
 
 
 def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
@@ -130,10 +158,15 @@ def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> 
     if interval > 0:
         number, size = config.train.steps // interval, checkpoint_bytes(model, precision, config.bitnet.subln, weights_only=True)
         milestones = [("milestones", f"{number} of {size / GIB:.3f} GiB, {number * size / GIB:.3f} GiB in the end, all kept")]
+    saves = moments(config.checkpoint.interval, config.train.steps)
+    if not 0 < config.checkpoint.interval < config.train.steps:
+        begins = "begins again, since milestones hold no optimizer state" if interval > 0 else "begins again"
+        saves = f"after the last step and on a signal only: a run that dies before {begins} (see checkpoint.interval)"
     return [
         *((name, f"{getattr(memory, name) / GIB:.3f} GiB") for name in parts),
         ("checkpoint", f"{saved / GIB:.3f} GiB each, {(config.checkpoint.keep_last + 1) * saved / GIB:.3f} GiB while a new one joins "
                        f"the {config.checkpoint.keep_last} kept"),
+        ("saved", saves),
         *milestones,
     ]  # fmt: skip
 

@@ -1,13 +1,13 @@
 """One process of a run: groups, model, engine, data, callbacks, loop, and an orderly end."""
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
@@ -28,10 +28,12 @@ from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory
 from pretrain.config import dump_yaml, flatten, to_dict
 from pretrain.failures import report
+from pretrain.going_on import Beginning, beginning
 from pretrain.hardware import choose_device
 from pretrain.lease import Lease
 from pretrain.progress import Progress
-from pretrain.resume import of_rank_0, resume, start
+from pretrain.resume import load, of_rank_0
+from pretrain.run_directory import own, writing
 from pretrain.tracking import DatasetInput, Tracker, collect_environment, settle
 from pretrain.tracking.record import RunRecord
 from pretrain.trainer import Callback, RollBack, Stopped, Trainer, TrainerState
@@ -63,7 +65,7 @@ def run(validated: Validated, progress: Progress) -> int:
     watchdog = Watchdog(progress, hang)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
-        _own(lease)
+        _refusing(lambda: own(lease, _say))
         _train(validated, device, lease, watchdog)
     except (Refused, Stopped):
         raise
@@ -78,10 +80,10 @@ def run(validated: Validated, progress: Progress) -> int:
     return 0
 
 
-def _own(lease: Lease | None) -> None:
-    """lease: rank 0's. Collective."""
+def _refusing(action: Callable[[], Any]) -> Any:
+    """What it returns on rank 0, on every rank; raises Refused on all where it cannot be done. Collective."""
     try:
-        of_rank_0(lambda: lease.acquire(_say))
+        return of_rank_0(action)
     except ValueError as error:
         raise Refused(str(error)) from error
 
@@ -89,45 +91,59 @@ def _own(lease: Lease | None) -> None:
 def _train(validated: Validated, device: torch.device, lease: Lease | None, watchdog: Watchdog) -> None:
     config = validated.config
     signals = StopOnSignal(device, watchdog)
-    engine = build_engine(validated, device)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last)
+    where = _refusing(lambda: _find(validated, checkpoints))
+    engine = build_engine(validated, device)
     saving = SaveCheckpoints(engine, checkpoints, validated, say=lambda text: print(text, flush=True), lease=lease)
     while True:
         try:
-            return _go_on(validated, device, engine, saving, [KeepLease(lease), signals], watchdog.progress)
+            return _go_on(validated, device, engine, saving, where, [KeepLease(lease), signals], watchdog.progress)
         except RollBack as spike:
-            _roll_back(validated, checkpoints, saving, spike)
+            where = _roll_back(validated, checkpoints, saving, spike)
 
 
-def _roll_back(validated: Validated, checkpoints: CheckpointDirectory, saving: SaveCheckpoints, spike: RollBack) -> None:
+def _find(validated: Validated, checkpoints: CheckpointDirectory) -> Beginning:
+    """Where to begin, roll-backs considered. For rank 0."""
+    rollback.remove_left_behind(validated, checkpoints)
+    where = beginning(validated.config, validated.model, validated.manifest, checkpoints, _say)
+    if where.checkpoint is None:
+        rollback.forget(validated)
+        return where
+    return dataclasses.replace(where, state=rollback.apply(validated, where.state, _say))
+
+
+def _roll_back(validated: Validated, checkpoints: CheckpointDirectory, saving: SaveCheckpoints, spike: RollBack) -> Beginning:
     """Decide where to; a run that goes on finds it as one that was killed would. Collective. Raises Stopped where it cannot be."""
     saving.drain()
     try:
         _say(of_rank_0(lambda: rollback.decide(validated, checkpoints, spike)))
     except ValueError as error:
         raise Stopped(str(error)) from error
+    return _refusing(lambda: _find(validated, checkpoints))
 
 
 def _go_on(
-    validated: Validated, device: torch.device, engine: ZeroEngine, saving: SaveCheckpoints, first: list[Callback], progress: Progress,
+    validated: Validated, device: torch.device, engine: ZeroEngine, saving: SaveCheckpoints, where: Beginning, first: list[Callback],
+    progress: Progress,
 ) -> None:  # fmt: skip
-    """Train from the newest checkpoint, or from the start, to the end of this process. Raises RollBack at a spike."""
+    """Train from there to the end of this process. Raises RollBack at a spike."""
     config, checkpoints = validated.config, saving.directory
     progress.enter("loading a checkpoint")
     try:
-        resumed = resume(engine, checkpoints, validated)
-        started_from = start(engine, checkpoints, validated) if resumed is None else None
+        state = load(engine, where, checkpoints)
     except ValueError as error:
         raise Refused(str(error)) from error
-    state = resumed or TrainerState()
-    if resumed is not None:
+    if where.checkpoint is not None:
         saving.catch_up(state)
     if state.step >= config.train.steps:
         _say(f"{config.run_directory} is complete: {state.step} of {config.train.steps} steps are done")
         if dist.get_rank() == 0:
             settle(config.tracking, config.run_directory)
         return
-    tracker = _start_tracking(validated, state, resumed is not None, started_from) if dist.get_rank() == 0 else None
+    trackers: list[Tracker] = []
+    # The other ranks would wait for one that fails here, deaf to signals.
+    _refusing(lambda: trackers.append(_start_tracking(validated, state, where)))
+    tracker = trackers[0] if trackers else None
     callbacks = [
         *first, WatchNumbers(validated), WatchSpikes(validated), Validate(validated, device), LogMetrics(validated, tracker, device),
         saving,
@@ -185,31 +201,28 @@ def _batches(validated: Validated, state: TrainerState, device: torch.device) ->
         yield batch["tokens"].to(device)
 
 
-def _start_tracking(validated: Validated, state: TrainerState, resumed: bool, started_from: Path | None) -> Tracker:
+def _start_tracking(validated: Validated, state: TrainerState, where: Beginning) -> Tracker:
     config, manifest = validated.config, validated.manifest
     directory = config.run_directory
-    directory.mkdir(parents=True, exist_ok=True)
-    if not resumed and _was_begun(validated):
-        resumed_from_step = 0
-    else:
-        resumed_from_step = state.step if resumed else None
-    (directory / "config.yaml").write_text(dump_yaml(config))
     data = DatasetInput(name=config.data.path, digest=manifest.digest, source=config.data.path, context="training")
-    tracker = Tracker(
-        config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
-        tags=collect_environment() | ({"started_from": str(started_from)} if started_from else {}),
-        datasets=[data], artifacts=[directory / "config.yaml"],
-        resumed_from_step=resumed_from_step,
-    )  # fmt: skip
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        resumed_from_step = state.step if where.checkpoint else 0 if _was_begun(validated) else None
+        (directory / "config.yaml").write_text(dump_yaml(config))
+        tracker = Tracker(
+            config.tracking, directory, params=flatten(to_dict(config)) | {"world_size": dist.get_world_size()},
+            tags=collect_environment() | ({"started_from": str(where.weights)} if where.weights else {}),
+            datasets=[data], artifacts=[directory / "config.yaml"], resumed_from_step=resumed_from_step,
+        )  # fmt: skip
     count = parameters(validated.model, subln=config.bitnet.subln)
     _say(
         f"{directory}: {count.total:,} parameters ({count.linear:,} in the layers' linears), {dist.get_world_size()} processes, "
         f"{validated.data_parallel} data-parallel, {validated.num_micro_batches} micro-batches of {config.train.micro_batch_size} "
         f"samples each, {config.train.global_batch_size * config.data.sequence_length:,} tokens a step"
     )
-    if started_from:
-        _say(f"starting with the weights of {started_from}")
-    if resumed:
+    if where.weights:
+        _say(f"starting with the weights of {where.weights}")
+    if where.checkpoint:
         _say(f"going on after step {state.step}, {state.consumed_samples:,} samples")
     if tracker.is_new_run:
         tracker.log(
@@ -224,7 +237,7 @@ def _was_begun(validated: Validated) -> bool:
     try:
         record = RunRecord.load(directory)
         same = changes.none(directory / "config.yaml", validated.config)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return False
     return same and record.status != "FINISHED" and any(data.digest == validated.manifest.digest for data in record.datasets)
 

@@ -11,11 +11,12 @@ from data_tools.manifest import Manifest
 from megatron_qsparse.models.config import ModelConfig
 from pretrain.checkpoint.content import TrainerRecord
 from pretrain.checkpoint.directory import CheckpointDirectory
-from pretrain.checkpoint.inspection import one_checkpoint
+from pretrain.checkpoint.inspection import NoCheckpoint, one_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.identity import define, differences
 
 NETWORK = ("model.", "qsparse.", "bitnet.", "kept.", "data.tokenizer")
+PLACES = "name a run directory, one of its checkpoints or a milestone, such as runs/a/checkpoints/step_00001000"
 TRAINING = ("model.init_std", "model.vocab_multiple", "model.moe_aux_loss_coeff")
 """Of the model's fields those that decide nothing once there are weights."""
 
@@ -28,6 +29,8 @@ def source(config: PretrainConfig) -> Path | None:
     named = config.checkpoint.start_from
     if not named or CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last).published():
         return None
+    if not Path(named).is_dir():
+        raise NoCheckpoint(f"{named} is {'a file' if Path(named).exists() else 'no directory'}: {PLACES}")
     return one_checkpoint(Path(named))
 
 
@@ -38,8 +41,10 @@ def problems(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> 
         if checkpoint is None:
             return []
         saved = TrainerRecord.read(checkpoint).identity
-    except (ValueError, OSError) as error:
+    except NoCheckpoint as error:
         return [f"checkpoint.start_from: {error}"]
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.start_from: {error}: choose another checkpoint"]
     here = json.loads(json.dumps(define(config, model, manifest)))
     found = differences(_network(saved), _network(here))
     return [f"checkpoint.start_from: {checkpoint} holds another network: {line}; restore that setting" for line in found]

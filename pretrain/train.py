@@ -6,20 +6,21 @@ A run that is started again with the same output_dir goes on from its newest com
 checkpoint after the present step and ends the run.
 """
 
-import os
 import sys
 import time
 
 
 def main(args: list[str] | None = None) -> int:
     """Exit status 0 when the run finished or was stopped by a signal, 2 where it cannot start, 1 where it cannot go on."""
-    from pretrain.config import parse
+    from pretrain import launcher
+    from pretrain.config import ConfigurationError, parse
     from pretrain.libraries import prepare
-    from pretrain.validate import ConfigurationError, validate
+    from pretrain.validate import validate
 
-    config = parse(args, prog="python -m pretrain.train", description=__doc__)
     try:
-        validated = validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        config = parse(args, prog="python -m pretrain.train", description=__doc__)
+        validated = validate(config, launcher.world_size())
+        launcher.check()
     except ConfigurationError as error:
         return _refuse(error)
 
@@ -46,7 +47,9 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
     A rank that fails by itself, say on a machine that lacks a file, still says so after its wait.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    from pretrain.launcher import rank as rank_of_launcher
+
+    rank = rank_of_launcher()
     if rank:
         time.sleep(3)
     prefix = f"error (rank {rank}): " if rank else "error: "

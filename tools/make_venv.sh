@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
 # Creates (or brings up to date) the virtual environment named by $1. Says in one line what is missing.
 set -euo pipefail
+. tools/check_python.sh
 venv=$1
 python=${PYTHON:-python3}
 
-fail() { echo "error: $*" >&2; exit 1; }
-
-[ "$(uname -s)" = Linux ] || fail "Linux is needed (on Windows use WSL2, on macOS a Linux container), this is $(uname -s)"
-command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or newer, or name one with PYTHON=/path/to/python3.11"
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
-  fail "$("$python" -V) is not supported, Python 3.11 and 3.12 are: install one, or name it with PYTHON=/path/to/python3.11"
+check_python "$python"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python lacks ensurepip or venv: install your distribution's package for it (Debian and Ubuntu: python3-venv)"
 
@@ -22,10 +18,20 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   "$python" -m venv --clear "$venv"
 fi
 
+offline=()
+if [ -n "${OFFLINE:-}" ]; then
+  "$venv/bin/python" -m tools.wheelhouse check "$OFFLINE" || exit 1
+  offline=(--no-index --find-links "$OFFLINE")
+  # Nor what pip's configuration adds.
+  unset PIP_FIND_LINKS PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+  export PIP_CONFIG_FILE=/dev/null
+fi
+
 # One line that counts, instead of some hundred; errors go to stderr and are shown.
 pip() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" |
-    awk '/^Collecting|^Downloading|^Installing/ {printf "  %3d  %.60s\n", ++n, $0; fflush()}'
+  # -I: neither PYTHONPATH nor metadata beside the sources, left by an earlier installation, are of this environment.
+  "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-compile -c constraints.txt "${offline[@]}" "$@" |
+    awk '/^Collecting|^Processing|^Downloading|^Installing/ {printf "  %3d  %.60s\n", ++n, $0; fflush()}'
 }
 
 started=$SECONDS

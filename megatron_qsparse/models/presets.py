@@ -175,7 +175,7 @@ def _check_shape(config: ModelConfig, tokenizer_vocab_size: int | None) -> None:
 def _check_experts(config: ModelConfig) -> None:
     experts, chosen = config.num_experts, config.moe_router_topk
     if experts < 2:
-        raise ValueError(f"model.num_experts={experts}: a mixture needs at least 2 experts, 0 is a dense MLP")
+        raise ValueError(f"model.num_experts={experts}: a mixture must have at least 2 experts, 0 is a dense MLP")
     if not 1 <= chosen <= experts:
         raise ValueError(f"model.moe_router_topk={chosen} must lie in 1 .. model.num_experts={experts}")
     if config.moe_ffn_hidden_size < 1:

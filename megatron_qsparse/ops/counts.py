@@ -1,6 +1,9 @@
-"""How many entries survive: the one definition of K, free of torch so that planning tools can use it."""
+"""How many entries survive, and how many may be summed: free of torch, so that planning tools can use it."""
 
 from fractions import Fraction
+
+MAX_INPUTS = (1 << 24) // 127
+"""132,104: above it a sum of 127s is no longer exact in fp32."""
 
 
 def keep_count(keep: float | Fraction, width: int) -> int:

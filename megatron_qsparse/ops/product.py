@@ -7,8 +7,7 @@ exact in int32 and in fp32, in any order: training, kernels and inference agree 
 
 import torch
 
-MAX_INPUTS = (1 << 24) // 127
-"""132,104: above it a sum of 127s is no longer exact in fp32."""
+from megatron_qsparse.ops.counts import MAX_INPUTS
 
 
 def integer_product(codes: torch.Tensor, weight_codes: torch.Tensor) -> torch.Tensor:

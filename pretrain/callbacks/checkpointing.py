@@ -87,8 +87,8 @@ class SaveCheckpoints(Callback):
         """Collective. Raises Stopped where a weight of any rank is not finite, which the loss tells one step later at the earliest."""
         if not self.engine.weights_are_finite():
             raise Stopped(
-                f"a weight is not finite, though no gradient was: no checkpoint is written of it ({self._left()}). Is optimizer.eps "
-                "0, or the learning rate far too high?"
+                f"a weight is not finite, though no gradient was: no checkpoint is written of it ({self._left()}). Is the learning rate "
+                "far too high, or the memory of a machine faulty?"
             )
 
     def drain(self) -> None:

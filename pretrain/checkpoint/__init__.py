@@ -11,5 +11,5 @@
         step_00000900.X.removed/  being removed, or what could not be removed; tried again at the next save
 
 The learning rate is a function of the step and the samples are a function of their number: both follow from trainer.json.
-Nothing here imports torch, but what reads tensors' names.
+Nothing here imports torch, and nothing unpickles: reading a checkpoint runs no code of whoever wrote it.
 """

@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_show)
 
     command = commands.add_parser(
-        "prune", help="remove old complete checkpoints once those that stay are verified; milestones only if asked"
+        "prune", help="remove old complete checkpoints once those that stay are verified; milestones only if asked; or the one named"
     )
-    command.add_argument("directory", type=Path, help="run directory or its checkpoints/ folder")
-    command.add_argument("--keep-last", type=_count, required=True, metavar="N", help="complete checkpoints to keep, at least 1")
+    command.add_argument("directory", type=Path, help="run directory, its checkpoints/ folder, or the one checkpoint to remove")
+    command.add_argument("--keep-last", type=_count, metavar="N", help="complete checkpoints to keep, at least 1")
     command.add_argument("--milestones", action="store_true", help="prune the milestones instead, all but the last N")
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     command.set_defaults(run=run_prune)
@@ -88,11 +88,12 @@ def _verified(found: Sequence[Path]) -> dict[Path, list[str]]:
     """Damages of each checkpoint, by all bytes; one that a run at work removes meanwhile is left out, and that is told."""
     from data_tools.progress import Progress
     from pretrain.checkpoint.files import damages, size
+    from pretrain.checkpoint.inspection import unreadable
 
     problems = {}
     with Progress("verify", sum(map(size, found))) as progress:
         for checkpoint in found:
-            lines = list(damages(checkpoint, contents=True, progress=progress.update))
+            lines = list(damages(checkpoint, contents=True, progress=progress.update)) or list(filter(None, [unreadable(checkpoint)]))
             if lines and not checkpoint.is_dir():
                 print(f"note: {checkpoint} was removed meanwhile", file=sys.stderr)
             else:
@@ -111,7 +112,10 @@ def run_list(options: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(summary) for summary in found], indent=1))
         return 0
     rows = [("step", "kind", "saved", "size", "state")]
-    rows += [(str(s.step), s.kind, s.created, format_count(s.size, "B"), s.state) for s in found]
+    rows += [
+        (str(s.step), s.kind, s.created, format_count(s.size, "B"), s.state + (", a run goes on from here" if s.resume_point else ""))
+        for s in found
+    ]
     _print_table(rows)
     return 0
 
@@ -123,6 +127,8 @@ def run_show(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(shown, indent=1))
         return 0
+    if shown["run_id"] is None:
+        shown["run_id"] = "none yet when it was saved" if shown["tracking_enabled"] else "none: tracking.enabled=false"
     _print_table([(name, _text(shown[name])) for name in ("checkpoint", "kind", "created", "run_id", "numerics_version")])
     for title in ("state", "layout", "identity"):
         print(f"\n{title}")
@@ -136,11 +142,16 @@ def run_show(options: argparse.Namespace) -> int:
 
 
 def run_prune(options: argparse.Namespace) -> int:
-    from data_tools.progress import format_count
-    from pretrain.checkpoint.directory import CheckpointDirectory, remove
-    from pretrain.checkpoint.files import size
+    from pretrain.checkpoint.directory import CheckpointDirectory, kind_of
     from pretrain.checkpoint.inspection import checkpoints_directory
 
+    named = options.directory.resolve()
+    if kind_of(named) is not None and named.is_dir():
+        if options.keep_last is not None or options.milestones:
+            raise ValueError(f"{options.directory} is one checkpoint, which goes by itself: leave out --keep-last and --milestones")
+        return _prune_one(named, options.dry_run)
+    if options.keep_last is None:
+        raise ValueError("--keep-last N is missing: how many complete checkpoints to keep; or name the one checkpoint to remove")
     directory = CheckpointDirectory(checkpoints_directory(options.directory), options.keep_last)
     kind = "milestone" if options.milestones else "step"
     superfluous = directory.superfluous(options.keep_last, kind)
@@ -152,13 +163,36 @@ def run_prune(options: argparse.Namespace) -> int:
         if len(staying) < options.keep_last:
             raise ValueError(f"{directory.path}: what would stay was removed meanwhile: nothing was removed")
     for checkpoint in superfluous:
-        freed = format_count(size(checkpoint), "B")
-        if not options.dry_run:
-            remove(checkpoint)
-        print(f"{'would remove' if options.dry_run else 'removed'} {checkpoint} ({freed})")
+        _remove(checkpoint, options.dry_run)
     if not superfluous:
         print(f"nothing to remove: {_number(len(directory.complete(kind)), f'complete {kind} checkpoint')}")
     return 0
+
+
+def _prune_one(checkpoint: Path, dry_run: bool) -> int:
+    """Remove it where a complete one stays to go on from, or where nothing goes on from it anyway: damaged ones, milestones."""
+    from pretrain.checkpoint.directory import CheckpointDirectory, kind_of
+    from pretrain.checkpoint.files import damage
+
+    if kind_of(checkpoint) == "step" and damage(checkpoint) is None:
+        others = [other for other in CheckpointDirectory(checkpoint.parent, keep_last=1).complete() if other != checkpoint]
+        if not others:
+            raise ValueError(f"{checkpoint} is the only complete checkpoint of its run: nothing was removed")
+        if problems := _verified(others[-1:]).get(others[-1], ["it was removed meanwhile"]):
+            raise ValueError(f"{others[-1]} would be what a run goes on from and is damaged ({problems[0]}): nothing was removed")
+    _remove(checkpoint, dry_run)
+    return 0
+
+
+def _remove(checkpoint: Path, dry_run: bool) -> None:
+    from data_tools.progress import format_count
+    from pretrain.checkpoint.directory import remove
+    from pretrain.checkpoint.files import size
+
+    freed = format_count(size(checkpoint), "B")
+    if not dry_run:
+        remove(checkpoint)
+    print(f"{'would remove' if dry_run else 'removed'} {checkpoint} ({freed})")
 
 
 def _number(count: int, noun: str) -> str:

@@ -6,11 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import PretrainConfig, dump_yaml
+import yaml
+
+from pretrain.config import PretrainConfig, dump_yaml, flatten
 
 FORMAT_VERSION = 2
 """Of trainer.json. 1: without `layout` and `run_id`."""
 TRAINER_NAME, CONFIG_NAME = "trainer.json", "config.yaml"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The flat settings of a config.yaml. Raises ValueError where it is none, OSError where it cannot be read."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no configuration of this project")
+    return flatten(settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +47,15 @@ class TrainerRecord:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainerRecord":
-        """Raises ValueError where it was written by a newer version, OSError where there is none."""
-        content = json.loads((checkpoint / TRAINER_NAME).read_text())
-        if content["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{checkpoint} was written by a newer version of this project ({TRAINER_NAME} format {content['format_version']})"
-            )
-        return cls(**content)
+        """Raises ValueError where it was written by a newer version or by something else, OSError where there is none."""
+        try:
+            content = json.loads((checkpoint / TRAINER_NAME).read_text())
+            version = int(content["format_version"])
+            if version <= FORMAT_VERSION:
+                record = cls(**content)
+                if type(record.state.get("step")) is not int or not isinstance(record.identity, dict):
+                    raise TypeError("it tells neither the step nor what the run is")
+                return record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{checkpoint / TRAINER_NAME} was not written by this project ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{checkpoint} was written by a newer version of this project ({TRAINER_NAME} format {version})")

@@ -102,14 +102,16 @@ class CheckpointDirectory:
         """Complete checkpoints, oldest first."""
         return [path for path in self.published(kind) if damage(path) is None]
 
-    def newest(self) -> Path | None:
+    def newest(self, contents: bool = True) -> Path | None:
         """The newest complete checkpoint; warns of newer ones that are damaged. None where none was ever published.
+
+        contents: complete by every byte, not only by sizes.
 
         Raises ValueError where there are checkpoints and all are damaged: starting over would overwrite them.
         """
         published = self.published()
         for path in reversed(published):
-            problem = damage(path, contents=True)
+            problem = damage(path, contents)
             if problem is None:
                 return path
             self.warn(f"{path} is not a complete checkpoint ({problem}); looking for the one before it")

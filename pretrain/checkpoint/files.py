@@ -15,6 +15,10 @@ from data_tools.files import sync
 FORMAT_VERSION = 2
 """1: without `created`."""
 FILES_NAME = "files.json"
+MEANING = (
+    "This list of a checkpoint's files and their checksums, written last, tells that the checkpoint is whole: restore it from a copy, or "
+    "move the checkpoint away"
+)
 HASHING_THREADS = 4
 CHUNK_BYTES = 8 << 20
 
@@ -52,17 +56,18 @@ def seal(directory: Path, written: Mapping[str, Record]) -> None:
 
 
 def read(directory: Path) -> dict:
-    """The content of files.json. Raises OSError or ValueError where there is none that can be used."""
-    content = json.loads((directory / FILES_NAME).read_text())
+    """The content of files.json. Raises ValueError where there is none that can be used."""
     try:
+        content = json.loads((directory / FILES_NAME).read_text())
         usable = all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())
         version = int(content["format_version"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no listing of files ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{reason}. {MEANING}") from error
     if version > FORMAT_VERSION:
         raise ValueError(f"format {version} is newer than {FORMAT_VERSION}, the newest this version reads")
     if not usable:
-        raise ValueError("a file is listed without its size or checksum")
+        raise ValueError(f"a file is listed without its size or checksum. {MEANING}")
     return content
 
 
@@ -73,7 +78,7 @@ def damages(directory: Path, contents: bool = False, progress: Callable[[int], N
     """
     try:
         listing = read(directory)["files"]
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         yield f"{FILES_NAME}: {error}"
         return
     intact = []

@@ -1,13 +1,14 @@
 """What can be said about a checkpoint without loading it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_qsparse.parallel.metadata import read_contents
 from pretrain.checkpoint import files
-from pretrain.checkpoint.content import TrainerRecord
+from pretrain.checkpoint.content import CONFIG_NAME, TrainerRecord, read_settings
 from pretrain.checkpoint.directory import KINDS, PARTIAL, REMOVED, STATE_NAME, CheckpointDirectory, kind_of, step_of
 
 
@@ -28,6 +29,8 @@ class Summary:
     """Bytes."""
     state: str
     """"complete" (every file is there with its size), "damaged: ...", "unfinished" or "being removed"."""
+    resume_point: bool = False
+    """Whether a run would go on from here: the newest complete step, if its files still hold what was written."""
 
 
 def checkpoints_directory(path: Path) -> Path:
@@ -36,7 +39,7 @@ def checkpoints_directory(path: Path) -> Path:
         if candidate.is_dir() and any(kind_of(_published_name(child)) for child in candidate.iterdir()):
             return candidate
     reason = "holds no checkpoints" if path.is_dir() else "is no directory"
-    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ or, for show and verify, one checkpoint in it")
+    raise NoCheckpoint(f"{path} {reason}: name a run directory, its checkpoints/ folder, or one checkpoint in it")
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -47,7 +50,7 @@ def checkpoints(path: Path) -> list[Path]:
     directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
     found = [checkpoint for kind in KINDS for checkpoint in directory.published(kind)]
     if not found:
-        raise NoCheckpoint(f"{path} holds no finished checkpoint")
+        raise NoCheckpoint(f"{path} holds no finished checkpoint: choose another run directory")
     return found
 
 
@@ -63,7 +66,7 @@ def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) 
         if damage is None:
             return checkpoint
         if checkpoint == path.resolve():
-            raise NoCheckpoint(f"{path} is damaged: {damage}")
+            raise NoCheckpoint(f"{path} is damaged: {damage}: choose another checkpoint, or copy this one again")
         warn(f"{checkpoint} is newer and damaged ({damage})")
     raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
@@ -73,7 +76,15 @@ def summaries(path: Path) -> list[Summary]:
     path = path.resolve()
     found = list(checkpoints(path)) if kind_of(path) else [child for child in checkpoints_directory(path).iterdir() if child.is_dir()]
     known = [child for child in found if kind_of(_published_name(child))]
-    return sorted(filter(None, map(_summary, known)), key=lambda summary: (summary.step, summary.name))
+    summaries = sorted(filter(None, map(_summary, known)), key=lambda summary: (summary.step, summary.name))
+    newest = resume_point(path.parent if kind_of(path) else checkpoints_directory(path))
+    return [replace(summary, resume_point=newest is not None and summary.name == newest.name) for summary in summaries]
+
+
+def resume_point(directory: Path) -> Path | None:
+    """The newest step in a checkpoints directory that is complete by its files' sizes."""
+    complete = CheckpointDirectory(directory, keep_last=1).complete()
+    return complete[-1] if complete else None
 
 
 def _summary(path: Path) -> Summary | None:
@@ -119,11 +130,12 @@ def _published_name(path: Path) -> Path:
 
 
 def description(checkpoint: Path) -> dict[str, Any]:
-    """Everything that `show` prints, as plain values. Imports torch, to read the tensors' names.
+    """Everything that `show` prints, as plain values.
 
     Raises ValueError or OSError where the checkpoint is damaged or newer than this code.
     """
     record = TrainerRecord.read(checkpoint)
+    settings = read_settings(checkpoint / CONFIG_NAME)
     kept = {name.removeprefix("kept."): value for name, value in record.identity.items() if name.startswith("kept.")}
     return {
         "checkpoint": str(checkpoint),
@@ -132,21 +144,30 @@ def description(checkpoint: Path) -> dict[str, Any]:
         "run_id": record.run_id,
         "numerics_version": record.numerics_version,
         "state": record.state,
-        "layout": record.layout,
+        "layout": record.layout | _layout_settings(settings),
+        "tracking_enabled": settings.get("tracking.enabled", True),
         "identity": {name: value for name, value in record.identity.items() if not name.startswith("kept.")},
         "kept": {name: {"k": k, "groups": groups, "width": width} for name, (k, groups, width) in kept.items()},
         "tensors": _tensors(checkpoint / STATE_NAME),
     }
 
 
-def _tensors(state: Path) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of every stored tensor by its name on disk; layers are stacked, the layer number is the first axis."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+def _layout_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the processes alone do not tell of a layout; absent where the version that wrote it did not know the setting."""
+    names = {"virtual_pipeline": "parallel.virtual_pipeline", "sequence": "parallel.sequence", "recompute": "train.recompute"}
+    return {name: settings[setting] for name, setting in names.items() if setting in settings}
 
-    stored = FileSystemReader(state).read_metadata().state_dict_metadata
-    return {
-        name: {"shape": list(item.size), "dtype": str(item.properties.dtype).removeprefix("torch.")}
-        for name, item in sorted(stored.items())
-        if isinstance(item, TensorStorageMetadata)
-    }
+
+def unreadable(checkpoint: Path) -> str | None:
+    """Why the table of its tensors cannot be read, although every byte is what was written; None where it can."""
+    try:
+        read_contents(checkpoint / STATE_NAME)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _tensors(state: Path) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every stored tensor by its name on disk, generator states apart; layers are stacked along the first axis."""
+    tensors = read_contents(state).tensors
+    return {name: {"shape": list(item.size), "dtype": item.dtype} for name, item in sorted(tensors.items()) if not name.startswith("rng.")}

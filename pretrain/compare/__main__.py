@@ -1,5 +1,6 @@
-"""Compare tracked runs: prints a table, writes runs.json, curves.png and index.html.
+"""Compare runs, of directories or of an MLflow experiment: prints a table, writes runs.json, curves.png and index.html.
 
+python -m pretrain.compare runs/dense runs/qsparse --output report/
 python -m pretrain.compare --experiment quickstart --output report/
 python -m pretrain.compare --experiment sweep --runs dense keep_0.4 --baseline dense --uri http://tracking:5000
 """
@@ -19,29 +20,51 @@ FORMAT_VERSION = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, 1 when a run misses what is required, 2 when there is nothing to compare)."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.compare", description="Compare the runs of an MLflow experiment.")
-    parser.add_argument("--experiment", required=True, help="MLflow experiment that holds the runs")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.compare", description="Compare runs, of directories or of an MLflow experiment."
+    )
+    parser.add_argument("directories", nargs="*", type=Path, metavar="RUN_DIR", help="run directories (output_dir); needs no MLflow")
+    parser.add_argument("--experiment", help="MLflow experiment that holds the runs, or further ones")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")
     parser.add_argument("--uri", default="", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
-    parser.add_argument("--runs", nargs="+", metavar="NAME", help="names of the runs to compare (default: all)")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="of the experiment's runs those with these names (default: all)")
     parser.add_argument("--baseline", metavar="NAME", help="run the gaps refer to (default: the dense one, keep 1.0 without BitNet)")
     parser.add_argument(
         "--require-under-unigram", type=float, metavar="NAT", help="exit with 1 unless every run ends this far under the unigram entropy"
     )
     options = parser.parse_args(arguments)
+    if not options.directories and options.experiment is None:
+        parser.error("name run directories, or an MLflow experiment with --experiment")
+    if options.runs and options.experiment is None:
+        parser.error("--runs chooses among the runs of an MLflow experiment: name it with --experiment")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    from pretrain.compare.load import ComparisonError, load_runs
+    from pretrain.compare.load import ComparisonError
 
     try:
-        selection = load_runs(options.uri, options.experiment, options.runs)
+        selection = select(options)
         summaries = report(selection, options.baseline, options.output)
     except (ComparisonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.require_under_unigram is None:
         return 0
-    return check_under_unigram(summaries, options.runs or [], options.require_under_unigram)
+    names = {summary.run for summary in summaries}
+    asked = [name for name in options.runs or [] if f"{name} (MLflow)" not in names]
+    return check_under_unigram(summaries, asked, options.require_under_unigram)
+
+
+def select(options: argparse.Namespace) -> Any:
+    """The runs that the command line names. Raises ComparisonError."""
+    from pretrain.compare.directories import combine, load_directories, tell_apart
+    from pretrain.compare.load import load_runs
+
+    found = load_directories(options.directories) if options.directories else None
+    if options.experiment is not None:
+        tracked = load_runs(options.uri, options.experiment, options.runs)
+        found = tracked if found is None else combine(found, tracked)
+    tell_apart(found.runs)
+    return found
 
 
 def check_under_unigram(summaries: list[Any], asked: list[str], required: float) -> int:
@@ -76,7 +99,7 @@ def report(selection: Any, baseline_name: str | None, output: Path) -> list[Any]
         selection.notes += unequal_training(selection.runs, baseline)
     summaries = [summarize(run, baseline) for run in selection.runs]
     seeds = measure_seeds(selection.runs)
-    link, command = charts_link(selection), serve_command(selection.uri)
+    link, command = (charts_link(selection), serve_command(selection.uri)) if selection.uri else (None, None)
 
     output.mkdir(parents=True, exist_ok=True)
     content = json.dumps(runs_json(selection, summaries, seeds, baseline), indent=1, allow_nan=False)
@@ -90,7 +113,8 @@ def report(selection: Any, baseline_name: str | None, output: Path) -> list[Any]
     for note in selection.notes:
         print(f"note: {note}")
     print(f"\nreport: {output / 'index.html'} (with curves.png and runs.json)")
-    print("in MLflow:" + (f"\n  {command}\n  then open" if command else ""), link)
+    if link is not None:
+        print("in MLflow:" + (f"\n  {command}\n  then open" if command else ""), link)
     return summaries
 
 

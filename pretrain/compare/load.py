@@ -32,7 +32,7 @@ class Curve:
 
 @dataclass
 class Run:
-    """One run as MLflow holds it."""
+    """One run as MLflow holds it, or will."""
 
     name: str
     run_id: str
@@ -41,6 +41,10 @@ class Run:
     params: dict[str, str]
     tags: dict[str, str]
     history: dict[str, Curve] = field(default_factory=dict)
+    directory: str = ""
+    """Where it was read; "" means from MLflow."""
+    tracked: bool = True
+    """Whether the MLflow store of this comparison has it."""
 
     def last(self, metric: str) -> float | None:
         """The value at the highest step, None without points."""
@@ -53,6 +57,7 @@ class Selection:
     """The runs that take part and remarks about those that do not."""
 
     uri: str
+    """"" where nothing is read from MLflow."""
     experiment: str
     experiment_id: str
     runs: list[Run]
@@ -124,15 +129,21 @@ def _load(uri: str, experiment: str, names: list[str] | None) -> Selection:
             tags={key: value for key, value in sorted(chosen.data.tags.items()) if not key.startswith("mlflow.")},
         )
         run.history = {key: newest_per_step(client.get_metric_history(run.run_id, key)) for key in sorted(chosen.data.metrics)}
-        if TRAIN_LOSS not in run.history:
-            notes.append(f"{name} is left out: MLflow has no {TRAIN_LOSS} of it (python -m pretrain.tracking sync RUN_DIR ships a journal)")
-            continue
-        if VALIDATION_LOSS not in run.history:
-            notes.append(f"{name} has no {VALIDATION_LOSS}: it takes no part in what compares validation losses")
-        runs.append(run)
+        if not without_losses(run, "MLflow has none (python -m pretrain.tracking sync RUN_DIR ships a journal)", notes):
+            runs.append(run)
     if not runs:
         raise ComparisonError(f"experiment {experiment!r} has nothing to compare: " + "; ".join(notes))
     return Selection(uri, experiment, found.experiment_id, runs, notes)
+
+
+def without_losses(run: Run, reason: str, notes: list[str]) -> bool:
+    """Whether a run cannot take part for want of training losses; notes that, and where it lacks validation losses."""
+    if TRAIN_LOSS not in run.history:
+        notes.append(f"{run.name} is left out for want of {TRAIN_LOSS}: {reason}")
+        return True
+    if VALIDATION_LOSS not in run.history:
+        notes.append(f"{run.name} has no {VALIDATION_LOSS}: it takes no part in what compares validation losses")
+    return False
 
 
 def newest_per_step(points: list) -> Curve:

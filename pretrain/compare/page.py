@@ -19,7 +19,7 @@ AXIS_TITLES = {"tokens": "Tokens", "flops": "Activated FLOPs"}
 
 
 def build_page(
-    selection: Selection, summaries: list[Summary], seeds: list[SeedGroup], baseline: Run | None, command: str | None, link: str
+    selection: Selection, summaries: list[Summary], seeds: list[SeedGroup], baseline: Run | None, command: str | None, link: str | None
 ) -> str:
     """The whole page as text.
 
@@ -27,7 +27,7 @@ def build_page(
         summaries: one per run of the selection, in its order.
         seeds: the runs that differ in their seed alone.
         command: shell command that serves MLflow, None when a server runs already.
-        link: opens these runs in MLflow.
+        link: opens these runs in MLflow, None where they were read from their directories alone.
     """
     runs = selection.runs
     entropy = next((value for run in runs if (value := run.last(ENTROPY)) is not None), None)
@@ -121,7 +121,10 @@ def _settings(runs: list[Run]) -> str:
     return f'<div class="scroll"><table><thead><tr><th>setting</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _mlflow(command: str | None, link: str) -> str:
+def _mlflow(command: str | None, link: str | None) -> str:
+    if link is None:
+        command = "<code>python -m pretrain.tracking sync RUN_DIR</code>"
+        return f'<p class="plain">These runs were read from their directories; {command} ships them.</p>'
     anchor = f'<a href="{html.escape(link)}">open the charts of these runs</a>'
     if command is None:
         return f'<p class="plain">All metrics, parameters and environments: {anchor}.</p>'

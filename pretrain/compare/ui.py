@@ -58,7 +58,7 @@ def charts_link(selection: Selection) -> str:
 def view_state(selection: Selection) -> dict[str, Any]:
     """The state of MLflow's charts page: our charts, filtered to the compared runs."""
     section = _identifier("section")
-    run_ids = ", ".join(f"'{run.run_id}'" for run in selection.runs)
+    run_ids = ", ".join(f"'{run.run_id}'" for run in selection.runs if run.tracked)
     return {
         "searchFilter": f"attributes.run_id IN ({run_ids})",
         "orderByKey": "attributes.start_time",

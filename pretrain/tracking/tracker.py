@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 KILLED_DRAIN_S = 5.0
 """A process that was told to stop has little time: torchrun kills it 30 s after passing SIGTERM on, checkpoint included."""
+DAY_S = 86400
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -50,21 +51,22 @@ class TrackingConfig:
     system_metrics: bool = True
     """Sample processor, memory, disk, network and GPUs of the tracking rank's machine into system.jsonl."""
     system_metrics_interval_s: float = 10.0
-    """Seconds between two such samples, > 0."""
+    """Seconds between two such samples, > 0 and at most a day."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further MLflow tags of the run."""
     drain_timeout_s: float = 30.0
-    """Longest time in seconds that the end of a run waits for MLflow to take the last points, >= 0."""
+    """Longest time in seconds that the end of a run waits for MLflow to take the last points, 0 to a day."""
 
     def problems(self) -> list[str]:
         """What cannot work in these settings, one sentence each; empty when nothing is wrong."""
         found = []
-        if not self.experiment:
+        if not self.experiment.strip():
             found.append("tracking.experiment is empty: give the MLflow experiment a name")
-        if not self.system_metrics_interval_s > 0:
-            found.append(f"tracking.system_metrics_interval_s is {self.system_metrics_interval_s}: it must be larger than 0 seconds")
-        if not self.drain_timeout_s >= 0:
-            found.append(f"tracking.drain_timeout_s is {self.drain_timeout_s}: it must be at least 0 seconds")
+        if not 0 < self.system_metrics_interval_s <= DAY_S:
+            interval = self.system_metrics_interval_s
+            found.append(f"tracking.system_metrics_interval_s is {interval}: it must be larger than 0 and at most {DAY_S} seconds")
+        if not 0 <= self.drain_timeout_s <= DAY_S:
+            found.append(f"tracking.drain_timeout_s is {self.drain_timeout_s}: it must be at least 0 and at most {DAY_S} seconds")
         problem = validate_uri(self.uri) if self.enabled else None
         return [*found, problem] if problem else found
 

@@ -1,10 +1,14 @@
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from data_tools.cli import main as data_tools
+from pretrain.tracking.store import connect
+from tests.pretrain.finished import Finished, start, uri
+from tests.pretrain.launch import TIMEOUT_S
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +24,21 @@ def shards(tmp_path_factory) -> Path:
     command = ["tokenize", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(shards)]
     assert data_tools([*command, "--validation-fraction", "0.3", "--workers", "1"]) == 0
     return shards
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory) -> Path:
+    """MLflow's, with its tables: making them takes longer than training."""
+    folder = tmp_path_factory.mktemp("database")
+    connect(uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def unbroken(shards, database, tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copy(database, folder)
+    with start(folder, shards) as process:
+        output, _ = process.communicate(TIMEOUT_S)
+    assert process.returncode == 0, output
+    return Finished.read(folder)

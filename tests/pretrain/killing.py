@@ -5,9 +5,10 @@ Installed in the test's own processes before training begins; nothing in the pro
 
 import json
 import os
+import secrets
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -224,6 +225,7 @@ class Watched:
 
     samples: Path
     kill: Kill | None = None
+    session: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def __call__(self, rank: int) -> None:
         # Patched before anybody imports these names from where they are defined.
@@ -233,14 +235,20 @@ class Watched:
         import pretrain.run
         from data_tools.reader import TokenDataset
 
-        file = self.samples.open("a")
+        file, session = self.samples.open("a"), self.session
 
         class Recorded(TokenDataset):
             def __iter__(self):
                 per_step = self.global_batch_size // self.data_parallel_size // self.micro_batch_size
                 for number, batch in enumerate(super().__iter__()):
                     first = self.consumed_samples // self.global_batch_size + number // per_step + 1
-                    entry = {"step": first, "micro_batch": number % per_step, "rank": rank, "ids": batch["sample_ids"].tolist()}
+                    entry = {
+                        "step": first,
+                        "micro_batch": number % per_step,
+                        "rank": rank,
+                        "session": session,
+                        "ids": batch["sample_ids"].tolist(),
+                    }
                     file.write(json.dumps(entry) + "\n")
                     file.flush()
                     yield batch
@@ -252,11 +260,12 @@ class Watched:
 
 def consumed(samples: Path) -> dict[int, list[int]]:
     """step -> sample ids in it, over all ranks in order; of a step taken again the last time counts."""
-    found: dict[tuple[int, int, int], list[int]] = {}
+    steps: dict[int, tuple[str, dict[tuple[int, int], list[int]]]] = {}
     for line in samples.read_text().splitlines():
         entry = json.loads(line)
-        found[entry["step"], entry["rank"], entry["micro_batch"]] = entry["ids"]
-    steps: dict[int, list[int]] = {}
-    for (step, _, _), ids in sorted(found.items()):
-        steps.setdefault(step, []).extend(ids)
-    return steps
+        session, parts = steps.get(entry["step"], ("", {}))
+        if session != entry["session"]:
+            parts = {}
+        parts[entry["rank"], entry["micro_batch"]] = entry["ids"]
+        steps[entry["step"]] = entry["session"], parts
+    return {step: [sample for _, ids in sorted(parts.items()) for sample in ids] for step, (_, parts) in sorted(steps.items())}

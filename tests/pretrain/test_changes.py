@@ -55,8 +55,16 @@ def test_a_setting_that_came_later_is_no_change(saved):
 
 def test_names_that_do_not_exist_are_told():
     assert problems(_now("--allow_change", "train.stpes,optimizer")) == [
-        "allow_change=train.stpes,optimizer: there is no setting train.stpes"
+        "allow_change=train.stpes,optimizer: there is no setting train.stpes; did you mean train.steps?"
     ]  # fmt: skip
+
+
+def test_what_never_changes_cannot_be_allowed_to():
+    for name in ("model.hidden_size", "qsparse", "train.seed"):
+        (told,) = problems(_now("--allow_change", f"{name},train.steps"))
+        assert f"{name} is part of what the run is and never changes" in told
+    assert problems(_now("--allow_change", "train,data,optimizer")) == []
+    assert "no effect with resume=never" in problems(_now("--allow_change", "train.steps", "--resume", "never"))[0]
 
 
 def test_every_setting_is_of_one_kind():

@@ -54,6 +54,8 @@ def test_list_names_steps_dates_sizes_and_states(run, capsys):
     rows = {(row["kind"], row["step"]): row for row in json.loads(out)}
     assert status == 0 and list(rows) == [("milestone", 3), ("step", 4), ("milestone", 6), ("step", 6), ("step", 7)]
     assert rows["step", 4]["state"] == "damaged: trainer.json is missing" and rows["step", 7]["state"] == "unfinished"
+    assert [step for (kind, step), row in rows.items() if row["resume_point"]] == [6] and rows["step", 6]["kind"] == "step"
+    assert [line.split()[0] for line in call(capsys, "list", run)[1].splitlines() if line.endswith("a run goes on from here")] == ["6"]
     assert rows["step", 6]["state"] == "complete" and rows["milestone", 6]["size"] < rows["step", 6]["size"] / 3
     assert rows["step", 6]["created"].startswith("20")
     status, out, _ = call(capsys, "list", run / "checkpoints" / "step_00000006")
@@ -118,13 +120,17 @@ def test_show_tells_run_sparsity_layout_and_tensors(run, capsys):
     status, out, _ = call(capsys, "show", run, "--json")
     shown = json.loads(out)
     assert status == 0 and shown["checkpoint"].endswith("step_00000006") and shown["state"]["step"] == 6
-    assert shown["layout"] == {"processes": 2, "tensor": 1, "pipeline": 1, "expert": 1, "data": 2, "zero_stage": 1}
+    assert shown["layout"] == {
+        "processes": 2, "tensor": 1, "pipeline": 1, "expert": 1, "data": 2, "zero_stage": 1, "virtual_pipeline": 1, "sequence": False,
+        "recompute": False,
+    }  # fmt: skip
     assert shown["kept"]["layers.1.mlp.down"] == {"k": 6, "groups": 8, "width": 128}
     assert shown["identity"]["qsparse.groups"] == 8 and len(shown["identity"]["data.tokenizer"]) == 64 and shown["run_id"] is None
     assert shown["tensors"]["optimizer.exp_avg.decoder.layers.mlp.linear_fc2.weight"] == {"shape": [2, 64, 128], "dtype": "float32"}
     assert shown["tensors"]["decoder.layers.mlp.linear_fc2.weight"]["dtype"] == "bfloat16"
     status, out, _ = call(capsys, "show", run / "checkpoints" / "milestone_00000003")
     assert status == 0 and "6 x 8 of 128" in out and "milestone" in out and "optimizer." not in out
+    assert "none: tracking.enabled=false" in out
     assert any(line.split() == ["decoder.layers.mlp.linear_fc2.weight", "bfloat16", "2x64x128"] for line in out.splitlines())
 
 
@@ -147,6 +153,34 @@ def test_prune_keeps_the_last_and_the_milestones(run, capsys):
     assert "nothing to remove" in call(capsys, "prune", run, "--keep-last", 1)[1]
     call(capsys, "prune", run, "--keep-last", 1, "--milestones")
     assert [path.name for path in directory.published("milestone")] == ["milestone_00000006"]
+
+
+def test_prune_of_one_checkpoint(run, capsys):
+    checkpoints = run / "checkpoints"
+    newest, older, milestone = (checkpoints / name for name in ("step_00000006", "step_00000004", "milestone_00000003"))
+    status, out, _ = call(capsys, "prune", milestone, "--dry-run")
+    assert status == 0 and out.startswith("would remove") and milestone.is_dir()
+    assert call(capsys, "prune", milestone)[0] == 0 and not milestone.exists()
+    status, _, err = call(capsys, "prune", newest, "--keep-last", 1)
+    assert status == 2 and "leave out --keep-last" in err
+    status, _, err = call(capsys, "prune", run)
+    assert status == 2 and "--keep-last N is missing" in err
+    victim = next((older / "state").glob("*.distcp"))
+    flip(victim)
+    status, _, err = call(capsys, "prune", newest)
+    assert status == 2 and f"{older} would be what a run goes on from and is damaged" in err and newest.is_dir()
+    victim.write_bytes(b"cut")
+    status, _, err = call(capsys, "prune", newest)
+    assert status == 2 and "is the only complete checkpoint of its run" in err
+    assert call(capsys, "prune", older)[0] == 0 and sorted(p.name for p in checkpoints.iterdir()) == ["milestone_00000006", newest.name]
+
+
+def test_what_is_no_list_of_files_is_named_with_the_remedy(run, capsys):
+    for name, harm in {"step_00000004": Path.unlink, "step_00000006": lambda path: path.write_text("{")}.items():
+        harm(run / "checkpoints" / name / "files.json")
+    status, out, _ = call(capsys, "verify", run)
+    assert status == 1 and "step_00000004: files.json: No such file or directory. This list of a checkpoint's files" in out
+    assert "step_00000006: files.json: JSONDecodeError: " in out and out.count("restore it from a copy, or move the checkpoint away") == 2
 
 
 def test_prune_removes_nothing_where_what_would_stay_is_damaged(run, capsys):

@@ -14,7 +14,7 @@ from pretrain.checkpoint.directory import CheckpointDirectory, remove, step_of
 from pretrain.checkpoint.files import FILES_NAME, damage
 from pretrain.checkpoint.inspection import one_checkpoint
 from pretrain.config import PretrainConfig
-from pretrain.resume import _newest
+from pretrain.going_on import beginning
 
 
 class Warnings(list):
@@ -281,7 +281,7 @@ def test_of_one_save_the_whole_state_is_taken_although_the_milestone_is_sealed_a
 def test_milestones_alone_are_not_started_over(directory):
     _publish(directory, 40, kind="milestone")
     with pytest.raises(ValueError, match="the last of step 40, but no checkpoint to go on from.*choose another output_dir"):
-        _newest(directory, SimpleNamespace(config=PretrainConfig()))
+        beginning(PretrainConfig(), None, None, directory, print)
 
 
 def test_what_the_writers_know_is_not_read_again_but_compared(directory):

@@ -92,12 +92,12 @@ ARGUMENTS = [
 class SpikeAt:
     """The loss of these global batches of the sample order is 3 higher; kills rank 0 where a roll-back has been decided."""
 
-    samples: Path
+    watched: Watched
     batches: tuple[int, ...]
     kill: bool = False
 
     def __call__(self, rank: int) -> None:
-        Watched(samples=self.samples)(rank)
+        self.watched(rank)
         import pretrain.run
         from megatron_qsparse.parallel.zero import ZeroEngine
 
@@ -134,7 +134,7 @@ class SpikeAt:
 def _start(folder: Path, shards: Path, action: str, *more: object, batches=tuple(SPIKE), kill: bool = False):
     folder.mkdir(exist_ok=True)
     arguments = ["--data.path", shards, "--output_dir", folder / "run", *ARGUMENTS, "--spike.action", action, *more]
-    with training(*arguments, before=SpikeAt(folder / "samples.jsonl", batches, kill)) as process:
+    with training(*arguments, before=SpikeAt(Watched(samples=folder / "samples.jsonl"), batches, kill)) as process:
         output, _ = process.communicate(TIMEOUT_S)
     return process.returncode, output
 

@@ -11,7 +11,7 @@ from pretrain.tracking.store import connect
 from tests.pretrain.launch import losses, train, training, wait_for_step
 from tests.tracking.server import Server
 
-STEPS = 60
+STEPS = 150
 
 
 @pytest.fixture
@@ -33,17 +33,21 @@ def arguments(shards: Path, run: Path, uri: str, steps: int) -> list[object]:
     ]
 
 
-def test_every_step_is_in_mlflow_once_although_the_server_died(server, shards, tmp_path):
+def test_every_step_is_in_mlflow_once_although_the_server_died_twice(server, shards, tmp_path):
     run = tmp_path / "run"
     server.start()
-    with training(*arguments(shards, run, server.uri, STEPS)) as process:
+    with training(*arguments(shards, run, server.uri, STEPS), "--tracking.drain_timeout_s", 1) as process:
         wait_for_step(process, run, 5)
         server.kill()
         wait_for_step(process, run, 25)
         server.start()
+        wait_for_step(process, run, STEPS - 15)
+        server.kill()
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    server.start()
     client = connect(server.uri)
+    assert "pretrain.tracking sync" in output and tracking(["sync", str(run)]) == 0
     run_id = (run / "run_id").read_text().strip()
     points = {point.step: point.value for point in client.get_metric_history(run_id, "train/loss")}
     assert points == losses(run) and sorted(points) == list(range(1, STEPS + 1))

@@ -5,7 +5,7 @@ back at another tensor-, pipeline-, expert- or data-parallel size and at another
 the disk: each parameter's state is put together on the one data-parallel rank that writes it, and taken apart when it is read.
 
     STATE_DIRECTORY/
-        __RANK_0.distcp   what a rank wrote: `KEY` working weights, `optimizer.{fp32,exp_avg,exp_avg_sq}.KEY`, `rng`
+        __RANK_0.distcp   what a rank wrote: `KEY` working weights, `optimizer.{fp32,exp_avg,exp_avg_sq}.KEY`, `rng.RANK`
         .metadata         which part of which tensor lies where (torch.distributed.checkpoint)
         common.pt         format version, Adam's step count, seed and layout that wrote it, whether only weights are there
         metadata.json     name of the format, for dist_checkpointing.load

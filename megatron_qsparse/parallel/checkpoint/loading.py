@@ -21,7 +21,8 @@ def load(engine: ZeroEngine, directory: Path) -> bool:
     """Read everything that `save` wrote, at whatever layout. Collective.
 
     Returns whether the random number generators go on where they were: True at the layout that saved (its ZeRO stage apart) and on
-    its kind of device, False where they start anew from the seed and the step. Raises ValueError where the state is newer than
+    its kind of device, False where they start anew from the seed and the step, as they do after the format before, which pickled
+    them. Raises ValueError where the state is newer than
     this code, of another model, or holds weights only.
     """
     reader = _open(directory)
@@ -140,7 +141,16 @@ def _own_weights(engine: ZeroEngine, spread: Spread) -> torch.Tensor:
 def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:
     saved, here = reader.common.get("layout"), layout(engine)
     same = saved is not None and all(saved[name] == here[name] for name in here if name != "zero_stage")
-    if same and rng.restore(reader.read_object("rng", dist.get_rank(), dist.get_world_size()), engine.device):
+    restored, problem = False, []
+    if same:
+        try:
+            # None of a rank that format 2 has pickled.
+            states = reader.read_bytes(rng.key(dist.get_rank()))
+            restored = states is not None and rng.restore(states, engine.device)
+        except ValueError as error:
+            problem.append(f"{reader.directory}: {error}")
+    _refuse(_of_all_ranks(problem))
+    if restored:
         return True
     rng.start_anew(reader.common.get("seed", 0), reader.common["adam_step"])
     return False

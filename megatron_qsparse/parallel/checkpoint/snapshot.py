@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_qsparse.parallel.checkpoint import rng
 from megatron_qsparse.parallel.checkpoint.adam import adam_step, create_adam_state
@@ -15,8 +15,8 @@ from megatron_qsparse.parallel.checkpoint.places import Place, places
 from megatron_qsparse.parallel.checkpoint.spread import STATES, WEIGHT, Spread, part_of, spreads
 from megatron_qsparse.parallel.zero import ZeroEngine
 
-FORMAT_VERSION = 2
-"""1: no generator states, and neither layout nor content in common.pt."""
+FORMAT_VERSION = 3
+"""1: no generator states, and neither layout nor content in common.pt. 2: generator states as pickled objects, which are not read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Snapshot:
     weights: list[ShardedTensor]
     states: list[ShardedTensor]
     """Master weights and moments; empty where only weights were asked for."""
-    objects: list[ShardedObject]
+    generators: list[ShardedTensor]
+    """States of the random number generators, one vector of bytes; empty likewise."""
     common: dict[str, Any]
     """Rank 0's is written."""
     shares: deque[Share] = field(default_factory=deque)
@@ -82,8 +83,8 @@ class Copier:
                 taken.weights += _copies(place, place.tensor)
         if optimizer:
             create_adam_state(engine, adam_step(engine))
-            world, rank = dist.get_world_size(), dist.get_rank()
-            taken.objects.append(ShardedObject("rng", rng.states(engine.device), (world,), (rank,)))
+            states = rng.encode(rng.states(engine.device))
+            taken.generators.append(ShardedTensor.from_rank_offsets(rng.key(dist.get_rank()), states))
         # Kind by kind: the writers change from parameter to parameter, and so, as shares are put together, what a rank receives
         # stays near what it lets go. All kinds of one parameter in turn need half a tensor more for each kind.
         for kind in (WEIGHT, *STATES) if optimizer else (WEIGHT,):

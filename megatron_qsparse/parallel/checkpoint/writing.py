@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
@@ -39,10 +39,10 @@ def write(snapshot: Snapshot, weights_only: bool, directory: Path, group: dist.P
     Returns this rank's files by their names in the directory: those are durable (fsync), rank 0's common.pt and metadata.json
     and the directory itself are not yet. Raises torch's CheckpointException on every rank where any rank fails.
     """
-    entries: list[ShardedBase] = snapshot.weights if weights_only else [*snapshot.weights, *snapshot.states, *snapshot.objects]
-    keyed: dict[str, list[ShardedBase]] = {}
+    entries = snapshot.weights if weights_only else [*snapshot.weights, *snapshot.states, *snapshot.generators]
+    keyed: dict[str, list[ShardedTensor]] = {}
     for entry in entries:
-        keyed.setdefault(entry.unique_key if isinstance(entry, ShardedObject) else entry.key, []).append(entry)
+        keyed.setdefault(entry.key, []).append(entry)
     # The file system below syncs. No copying ahead: all tensors are in host memory, and torch would otherwise take the loader that
     # overlaps copies (filesystem.py _write_files_from_queue), with a stream on GPU 0 for a thread that has chosen no device.
     writer = FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)

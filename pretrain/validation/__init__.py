@@ -1,0 +1,1 @@
+"""What `pretrain.validate` checks, one file for each kind of problem. Nothing here imports torch."""

@@ -1,0 +1,21 @@
+"""Roll-backs that the checkpoints kept do not reach."""
+
+import math
+
+from pretrain.config import PretrainConfig
+
+
+def problems(config: PretrainConfig) -> list[str]:
+    """For numbers that lie within their ranges."""
+    spike, saved = config.spike, config.checkpoint
+    if spike.action != "rollback":
+        return []
+    if saved.interval < 1:
+        return ["spike.action=rollback needs checkpoints to go back to: set checkpoint.interval"]
+    # At a step that finds a spike the oldest checkpoint kept lies at least keep_last - 1 intervals back.
+    back = spike.rollback_steps + spike.patience
+    needed = 1 + math.ceil(back / saved.interval)
+    if saved.keep_last >= needed:
+        return []
+    return [f"checkpoint.keep_last={saved.keep_last} of checkpoint.interval={saved.interval} steps does not reach the {back} steps back "
+            f"that spike.rollback_steps and spike.patience ask for: set checkpoint.keep_last={needed}"]  # fmt: skip
