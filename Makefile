@@ -55,8 +55,8 @@ quickstart: install ## corpus -> tokenizer -> shards -> four runs -> report (abo
 test: $(VENV)/.installed-test ## the test suite (under 25 minutes on two cores)
 	@$(PY) -m pytest
 
-test-all: $(VENV)/.installed-test ## the test suite with the full product of model variants and layouts; its result in invariance.md
-	@$(PY) -m pytest -m "" --invariance-table invariance.md
+test-all: $(VENV)/.installed-test ## the test suite with the full product of model variants and layouts; its results in invariance.md and kills.md
+	@$(PY) -m pytest -m "" --invariance-table invariance.md --kill-log kills.md
 
 test-py312: ## the test suite on Python 3.12 with megatron-core 0.19, in .venv-py312 (12 GB with the default build of torch)
 	@[ -n "$(PYTHON312)" ] || { echo "error: no Python 3.12 found: install it, or name one with PYTHON312=/path/to/python3.12" >&2; exit 1; }
@@ -75,4 +75,4 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove the environments and the quickstart's output
-	rm -rf $(VENV) .venv-py312 quickstart invariance.md .prebuilt
+	rm -rf $(VENV) .venv-py312 quickstart invariance.md kills.md .prebuilt
