@@ -19,8 +19,9 @@ from pretrain.tracking.shipper import RUN_ID_NAME
 from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
 
-FAILURE_WAIT_S = 600.0
-"""How long a run that failed waits for the save under way: another rank may still be writing."""
+FAILURE_WAIT_S = 30.0
+"""How long a rank that failed waits for the save under way, which may still be completed: the others wait for this rank meanwhile, and
+all are to have ended within a minute."""
 
 
 class SaveCheckpoints(Callback):

@@ -38,7 +38,7 @@ class Range:
         if isinstance(value, int) and isinstance(self.high, int) and not self.open_high:
             return f"be at most {self.high}" if above else f"be at least {self.low}" if self.low else "not be negative"
         if self.high == FLOAT_MAX:
-            finite = "" if math.isfinite(value) and not above else f" and at most {self.high:g}"
+            finite = "" if math.isfinite(value) and not above else f", and at most {self.high:g}"
             return ("be larger than 0" if self.open_low else "not be negative") + finite
         return f"lie in {'[('[self.open_low]}{self.low:g}, {self.high:g}{'])'[self.open_high]}"
 
