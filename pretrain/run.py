@@ -18,7 +18,7 @@ from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
 from pretrain import changes, rollback
-from pretrain.callbacks.checkpointing import SaveCheckpoints
+from pretrain.callbacks.checkpointing import STOPPED_WAIT_S, SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
@@ -158,6 +158,7 @@ def _go_on(
         status = "KILLED"
         raise
     except Stopped:
+        saving.close(STOPPED_WAIT_S)
         raise
     except Exception as error:
         # Before anything is waited for.

@@ -20,8 +20,10 @@ from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerStat
 from pretrain.validate import Validated
 
 FAILURE_WAIT_S = 30.0
-"""How long a rank that failed waits for the save under way, which may still be completed: the others wait for this rank meanwhile, and
-all are to have ended within a minute."""
+"""How long a rank that failed alone waits for the save under way, which may still be completed: the others wait for this rank
+meanwhile, and all are to have ended within a minute."""
+STOPPED_WAIT_S = 600.0
+"""The same where all ranks stop alike."""
 
 
 class SaveCheckpoints(Callback):
@@ -127,9 +129,9 @@ class SaveCheckpoints(Callback):
         if dist.get_rank() == 0:
             self.say(text)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = FAILURE_WAIT_S) -> None:
         """The run has failed on this rank: wait for the save under way and say what became of it."""
-        if outcome := self.saver.finish(FAILURE_WAIT_S):
+        if outcome := self.saver.finish(timeout_s):
             self.say(f"the checkpoint under way when the run failed: {outcome}")
 
     def _save(self, state: TrainerState, kinds: list[Kind]) -> None:
