@@ -239,6 +239,16 @@ def resumption(draw) -> Case:
 
 
 @st.composite
+def rollback(draw) -> Case:
+    """Checkpoints that do not reach back to before the spike."""
+    interval, kept, patience = draw(st.integers(0, 50)), draw(st.integers(1, 5)), draw(small)
+    back = max(0, (kept - 1) * interval - patience) + draw(small)
+    changes = {"spike.action": "rollback", "spike.rollback_steps": back, "spike.patience": patience}
+    named = ("checkpoint.interval", f"checkpoint.keep_last={kept}") if interval else ("spike.action=rollback", "checkpoint.interval")
+    return Case({**changes, "checkpoint.interval": interval, "checkpoint.keep_last": kept}, named)
+
+
+@st.composite
 def typing_error(draw) -> Case:
     """A letter too many, too few, or two of them exchanged; in the section or in the name."""
     name = draw(st.sampled_from(sorted(LEAVES)))
@@ -252,5 +262,5 @@ def typing_error(draw) -> Case:
 COMBINATIONS = [
     batch, processes, tensor_parallel, query_groups, heads, pipeline, interleaving, zero, sequence_parallel, experts, no_experts, warmup,
     stable_then_decay, two_stages, other_schedules, floor_of_the_rate, groups, blocks, n_of_m, other_modes, dense_after_all, vocabulary,
-    too_little_data, wide_codes, resumption, typing_error,
+    too_little_data, wide_codes, resumption, rollback, typing_error,
 ]  # fmt: skip
