@@ -3,7 +3,7 @@
 import pytest
 from pip._vendor.packaging.requirements import Requirement
 
-from tools.packages import canonical, is_protected, pins, requirements
+from tools.packages import canonical, installed, is_protected, pins, requirements
 from tools.table import verdict
 
 
@@ -48,3 +48,16 @@ def test_the_projects_own_files_are_understood():
         if name in tested:
             assert need.specifier.contains(tested[name]), name
     assert tested.keys() == {canonical(name) for name in tested}
+
+
+def test_metadata_that_python_cannot_put_together_again(tmp_path):
+    """As that of NVIDIA's packages: a description of several lines with what looks like a header in it."""
+    folder = tmp_path / "nvidia_odd-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: nvidia-odd\nVersion: 1.0\nDescription: first\n        .. SPDX-FileCopyrightText: somebody\n"
+    )
+    found = installed([str(tmp_path)])["nvidia-odd"]
+    assert found.version == "1.0" and found.fingerprint
+    (folder / "METADATA").write_text((folder / "METADATA").read_text().replace("somebody", "another"))
+    assert installed([str(tmp_path)])["nvidia-odd"].fingerprint != found.fingerprint
