@@ -111,7 +111,7 @@ def installed(path: list[str] | None = None) -> dict[str, Installed]:
 
 
 def _fingerprint(dist: importlib.metadata.Distribution) -> str:
-    # As it is written: parsed, a description of several lines may not be put together again (nvidia-cublas 13).
+    # As it is written: parsed, a description of several lines may not be put together again (cuda-bindings 13).
     metadata = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""
     digest = hashlib.sha256(f"{dist.version}\0{metadata}".encode(errors="replace"))
     for file in sorted(dist.files or [], key=str):
