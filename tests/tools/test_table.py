@@ -55,7 +55,7 @@ def test_metadata_that_python_cannot_put_together_again(tmp_path):
     folder = tmp_path / "nvidia_odd-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: nvidia-odd\nVersion: 1.0\n\n.. SPDX-FileCopyrightText: somebody\n.. SPDX-License-Identifier: none\n"
+        "Metadata-Version: 2.1\nName: nvidia-odd\nVersion: 1.0\n\n.. SPDX-FileCopyrightText: somebody\nfirst\nSecond: line\n"
     )
     found = installed([str(tmp_path)])["nvidia-odd"]
     assert found.version == "1.0" and found.fingerprint
