@@ -149,11 +149,18 @@ class ZeroEngine:
                 self.optimizer.empty_partition_cache()
 
     @torch.no_grad()
+    def master_shards(self) -> Iterator[torch.Tensor]:
+        """This rank's flat fp32 tensors that AdamW steps. Stage 3 hands them to it one at a time: its parameter groups are empty."""
+        if self.stage == 3:
+            yield from self.optimizer.fp32_partitioned_groups_flat
+        else:
+            for group in self.optimizer.optimizer.param_groups:
+                yield from group["params"]
+
     def weights_are_finite(self) -> bool:
         """Whether all master weights of all ranks are. Collective; reads every weight once."""
-        shards = [shard for group in self.optimizer.optimizer.param_groups for shard in group["params"]]
         # A sum is not finite where a summand is not; fp64 leaves no room for an overflow.
-        sums = [shard.sum(dtype=torch.float64) for shard in shards if shard.numel()]
+        sums = [shard.sum(dtype=torch.float64) for shard in self.master_shards() if shard.numel()]
         spoilt = torch.zeros((), dtype=torch.int32, device=self.device)
         if sums:
             spoilt += (~torch.isfinite(torch.stack(sums)).all()).to(torch.int32).to(self.device)

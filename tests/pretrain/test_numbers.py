@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -85,15 +86,16 @@ def _spoil(rank: int) -> None:
     def spoiling(engine, *args):
         result = step(engine, *args)
         if rank == 0:
-            engine.optimizer.optimizer.param_groups[0]["params"][0].data.view(-1)[0] = torch.inf
+            next(engine.master_shards()).data.view(-1)[0] = torch.inf
         return result
 
     mock.patch.object(ZeroEngine, "train_step", spoiling).start()
 
 
-def test_weights_that_a_finite_gradient_has_spoilt_are_not_saved(shards, tmp_path):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_that_a_finite_gradient_has_spoilt_are_not_saved(shards, tmp_path, stage):
     run = tmp_path / "run"
-    arguments = ["--data.path", shards, *BATCH, "--train.steps", 4, "--checkpoint.interval", 1, "--output_dir", run]
+    arguments = ["--data.path", shards, *BATCH, "--train.steps", 4, "--checkpoint.interval", 1, "--zero.stage", stage, "--output_dir", run]
     with training(*arguments, before=_spoil) as process:
         output, _ = process.communicate(TIMEOUT_S)
     assert process.returncode == 1

@@ -1,7 +1,5 @@
 """Adam's state inside ZeRO's optimizers: the step count, and moments that torch creates at the first update only."""
 
-from collections.abc import Iterator
-
 import torch
 
 from megatron_qsparse.parallel.zero import ZeroEngine
@@ -21,7 +19,7 @@ def create_adam_state(engine: ZeroEngine, step: int) -> None:
     Each gets its own tensor for the count: torch's Adam advances it in place.
     """
     zero = engine.optimizer
-    for flat in _flat_partitions(engine):
+    for flat in engine.master_shards():
         state = zero.optimizer.state[flat]
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
         for moment in MOMENTS:
@@ -32,12 +30,3 @@ def create_adam_state(engine: ZeroEngine, step: int) -> None:
         # (stage_1_and_2.py _optimizer_step, DeepSpeed 0.19.8): link again, now that all exist.
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _flat_partitions(engine: ZeroEngine) -> Iterator[torch.Tensor]:
-    """The tensors that AdamW steps. Stage 3 hands them to it one at a time, so its parameter groups are empty in between."""
-    if engine.stage == 3:
-        yield from engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        for group in engine.optimizer.optimizer.param_groups:
-            yield from group["params"]
