@@ -6,6 +6,7 @@ A run that is started again with the same output_dir goes on from its newest com
 checkpoint after the present step and ends the run.
 """
 
+import signal
 import sys
 import time
 
@@ -51,6 +52,8 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
     rank = rank_of_launcher()
     if rank:
+        # The launcher's SIGTERM ends the wait: the run's own handlers would only take note of it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     prefix = f"error (rank {rank}): " if rank else "error: "
     print(*(prefix + line for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)

@@ -137,5 +137,6 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     output = fail(*arguments, "--train.steps", 4, "--qsparse.keep", "0.5")
     assert "belongs to a different run" in output and "qsparse" in output and "choose another output_dir" in output
+    assert "rank 1" not in output, "what all ranks know is told once"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
     assert json.loads((run / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]["step"] == 2
