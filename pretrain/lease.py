@@ -84,7 +84,9 @@ class Owner:
         import psutil
 
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
+            process = psutil.Process(self.pid)
+            # One that nobody has waited for, as in containers without an init, does nothing any more.
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > 1
         except psutil.NoSuchProcess:
             return True
         except psutil.Error:

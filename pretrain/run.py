@@ -119,7 +119,9 @@ def _roll_back(validated: Validated, checkpoints: CheckpointDirectory, saving: S
         _say(of_rank_0(lambda: rollback.decide(validated, checkpoints, spike)))
     except ValueError as error:
         raise Stopped(str(error)) from error
-    return _refusing(lambda: _find(validated, checkpoints))
+    # What `resume` asks for is asked of a start.
+    going_on = dataclasses.replace(validated, config=dataclasses.replace(validated.config, resume="auto"))
+    return _refusing(lambda: _find(going_on, checkpoints))
 
 
 def _go_on(

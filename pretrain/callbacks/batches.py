@@ -40,7 +40,8 @@ class BatchFolder:
                 path, sample_ids=batch["sample_ids"].numpy(), tokens=batch["tokens"].numpy(), loss=report.result.loss,
                 grad_norm=report.result.grad_norm,
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # The shards may have been replaced meanwhile; a diagnosis must not end the run.
             print(f"warning: the batch could not be kept: {error}", flush=True)
             return None
         return path

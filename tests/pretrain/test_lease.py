@@ -3,10 +3,12 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain.lease import FOLDER, DirectoryInUse, Lease, LeaseLost, Owner
@@ -194,3 +196,13 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(sha
         output, _ = first.communicate(timeout=300)
     assert first.returncode == 0 and "SIGUSR1: checkpoint saved after step" in output, output
     assert sorted(losses(run)) == list(range(1, max(losses(run)) + 1)) and not (run / FOLDER).exists()
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead(tmp_path):
+    """As in a container whose first process reaps none."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        owner = dataclasses.replace(Owner.here(), pid=process.pid, started=psutil.Process(process.pid).create_time())
+        assert owner.is_dead(Owner.here()) is False
+        process.kill()
+        _wait(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert owner.is_dead(Owner.here()) is True

@@ -139,7 +139,7 @@ def _rows(run: Path) -> list[dict]:
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.matrix)])
 def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path, stage):
     more = ["--zero.stage", stage, "--bitnet.enabled", "true", "--qsparse.keep", 0.5]
-    status, output = _start(tmp_path / "whole", shards, "rollback", *more)
+    status, output = _start(tmp_path / "whole", shards, "rollback", *more, "--resume", "never")
     assert status == 0, output
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
     assert "roll-back 1 of at most 3: going back to step 10" in output
