@@ -6,6 +6,7 @@ logs is free. Everything else changes what is trained from here on and must be a
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint.content import read_settings
 from pretrain.config import PretrainConfig, flatten, to_dict
@@ -17,18 +18,19 @@ IDENTITY = (
 """Compared by what they resolve to."""
 FREE = (
     "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
-    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "spike.", "validation.", "checkpoint.",
+    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "validation.", "checkpoint.",
     "tracking.", "output_dir", "device",
 )  # fmt: skip
-"""Layout, intervals, places. data.path may move: the manifest's digest is compared."""
+"""Layout, intervals, places. data.path may move: the manifest's digest is compared. Not what decides which samples a roll-back leaves
+out."""
 OF_THE_START = ("resume", "allow_change", "format_version")
 """Said to this start of the run, or of the file."""
 
 
 def compare(saved: Path, config: PretrainConfig) -> list[str]:
     """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
-    before, now = read_settings(saved), flatten(to_dict(config))
-    compared = [name for name in now if name in before and name not in OF_THE_START and not name.startswith(IDENTITY)]
+    before, now = _before(saved), flatten(to_dict(config))
+    compared = [name for name in now if name not in OF_THE_START and not name.startswith(IDENTITY)]
     changed = [name for name in compared if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
     refused = [name for name in changed if not name.startswith(FREE) and not _is_allowed(name, config.allow_change)]
@@ -43,8 +45,13 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
 
 def none(saved: Path, config: PretrainConfig) -> bool:
     """Whether a run with this config.yaml would be trained as this one is: only layout, intervals and places may differ."""
-    before, now = read_settings(saved), flatten(to_dict(config))
-    return all(before.get(name) == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
+    before, now = _before(saved), flatten(to_dict(config))
+    return all(before[name] == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
+
+
+def _before(saved: Path) -> dict[str, Any]:
+    """Flat. A setting that the file does not know came later: its default means what was done before."""
+    return flatten(to_dict(PretrainConfig())) | read_settings(saved)
 
 
 def problems(config: PretrainConfig) -> list[str]:
@@ -64,6 +71,8 @@ def problems(config: PretrainConfig) -> list[str]:
         elif all(field.startswith(IDENTITY) for field in meant):
             found.append(f"allow_change={config.allow_change}: {name} is part of what the run is and never changes: leave it out, or "
                          "start another run (checkpoint.start_from takes weights)")  # fmt: skip
+        elif all(field.startswith(FREE) or field in OF_THE_START for field in meant):
+            found.append(f"allow_change={config.allow_change}: {name} may change at any start: leave it out")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_tools.manifest import Manifest
 from megatron_qsparse.models.config import ModelConfig
+from pretrain import rollback
 from pretrain.changes import compare
 from pretrain.checkpoint.content import CONFIG_NAME, TrainerRecord
 from pretrain.checkpoint.directory import CheckpointDirectory, step_of
@@ -31,6 +32,10 @@ class Beginning:
     """Where training stood there (TrainerState)."""
     weights: Path | None = None
     """The checkpoint whose weights a run at step 0 takes (checkpoint.start_from); None for new ones."""
+    rolled_back: str = ""
+    """Says which samples the roll-backs leave out that the checkpoint has not seen; `state` stands behind them."""
+    abandoned: list[Path] = dataclasses.field(default_factory=list)
+    """Checkpoints that those roll-backs have given up: to be removed before anything is saved."""
 
     @property
     def step(self) -> int:
@@ -40,11 +45,11 @@ class Beginning:
 
 def beginning(
     config: PretrainConfig, model: ModelConfig, manifest: Manifest, directory: CheckpointDirectory, say: Callable[[str], None],
-    contents: bool = True,
+    contents: bool = True, progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Beginning:  # fmt: skip
     """Find it. model: resolved. say: told of changed settings; `directory.warn` of what is unusual.
 
-    contents: compare every byte of the checkpoints that are used with its checksum, not only sizes.
+    contents: compare every byte of the checkpoints that are used with its checksum, not only sizes. progress: told of bytes read.
 
     Raises ValueError where the checkpoint belongs to another run, naming each difference, where settings have changed that must
     not change unnoticed, where every checkpoint is damaged, and where `resume` asks for something else; OSError where they cannot
@@ -52,9 +57,17 @@ def beginning(
     """
     if problem := resume_problem(config, directory):
         raise ValueError(problem)
-    path = directory.newest(contents)
+    rollbacks = rollback.read(config.run_directory)
+    abandoned = rollback.abandoned(rollbacks, directory)
+    path = directory.newest(contents, without=abandoned, progress=progress)
     if path is not None:
-        return Beginning(checkpoint=path, state=_state(path, config, model, manifest, directory, say))
+        state, rolled_back = rollback.apply(rollbacks, _state(path, config, model, manifest, directory, say))
+        return Beginning(checkpoint=path, state=state, rolled_back=rolled_back, abandoned=abandoned)
+    if abandoned:
+        raise ValueError(
+            f"{directory.path} holds only checkpoints that a roll-back has given up ({rollback.NAME}), and those that it went back to are "
+            "gone: restore one, or choose another output_dir"
+        )
     if milestones := directory.published("milestone"):
         raise ValueError(
             f"{directory.path} holds milestones, the last of step {step_of(milestones[-1])}, but no checkpoint to go on from, and a run "
@@ -62,7 +75,7 @@ def beginning(
         )
     weights = source(config)
     if weights is not None:
-        if problem := damage(weights, contents):
+        if problem := damage(weights, contents, progress):
             raise ValueError(f"checkpoint.start_from: {weights} is not a complete checkpoint ({problem})")
         _compare_numerics(weights, TrainerRecord.read(weights), directory)
     return Beginning(weights=weights)

@@ -14,6 +14,7 @@ flufl.lock, the library for this, breaks a stale lock by removing it, with a rac
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
@@ -25,8 +26,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from pretrain import processes
+
 FOLDER = ".owner"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: with the process's start by the clock."""
 INTERVAL_S = 10.0
 """Between two heartbeats."""
 PATIENCE_S = 75.0
@@ -47,10 +51,10 @@ class Owner:
 
     host: str
     machine: str
-    """Boot and PID namespace: where equal, `pid` and `started` tell whether the process is alive."""
+    """Boot and PID namespace: where equal, `pid` and `started_ticks` tell whether the process is alive."""
     pid: int
-    started: float
-    """When the process started, seconds since the epoch of that machine."""
+    started_ticks: int
+    """When the process started (`processes.started`)."""
     job: str
     """Slurm's job id; "" outside of Slurm."""
     restarts: int
@@ -63,11 +67,10 @@ class Owner:
 
     @classmethod
     def here(cls) -> "Owner":
-        import psutil
-
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
-            host=socket.gethostname(), machine=_machine(), pid=os.getpid(), started=psutil.Process().create_time(),
-            job=os.environ.get("SLURM_JOB_ID", ""), restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            host=socket.gethostname(), machine=processes.machine(), pid=os.getpid(), started_ticks=processes.started(os.getpid()) or 0,
+            job=os.environ.get("SLURM_JOB_ID", ""), restarts=int(restarts) if restarts.isdecimal() else 0,
             since=datetime.now().astimezone().isoformat(timespec="seconds"), token=secrets.token_hex(8),
         )  # fmt: skip
 
@@ -81,15 +84,9 @@ class Owner:
             return True
         if self.machine != observer.machine:
             return None
-        import psutil
-
         try:
-            process = psutil.Process(self.pid)
-            # One that nobody has waited for, as in containers without an init, does nothing any more.
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
+            return processes.started(self.pid) != self.started_ticks
+        except OSError:
             return None
 
     def encode(self) -> bytes:
@@ -115,33 +112,43 @@ class Lease:
         self.owner = Owner.here()
         self._number = 0
         self._lost: str | None = None
+        self._beaten = 0.0
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
         self._made_directory = False
 
-    def acquire(self, say: Callable[[str], None] = print) -> None:
+    def acquire(self, say: Callable[[str], None] = print, waiting: Callable[[], None] = lambda: None) -> None:
         """Become the owner; waits for up to `patience_s` where another machine's process owned the directory and may be dead.
 
-        Raises DirectoryInUse where a live process owns it, OSError where the directory cannot be written.
+        waiting: called now and then meanwhile. Raises DirectoryInUse where a live process owns it, OSError where the directory
+        cannot be written.
         """
         self._made_directory = not self.directory.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
         while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
             number, other = self.newest()
             dead = other is None or other.is_dead(self.owner)
             if dead is None:
-                dead = self._watch(number, other, say)
+                dead = self._watch(number, other, say, waiting)
             if dead is False:
                 raise DirectoryInUse(f"{self.directory} is in use by {other}: end that run, or choose another output_dir")
             if dead and other is not None:
                 say(f"{self.directory} belonged to {other}, which is gone: taking it over")
-            if dead and self._claim(number + 1):
+            if dead and self._claim(number, other):
                 break
+        self._beaten = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Raises LeaseLost where the directory belongs to another process by now."""
+    def check(self, now: bool = False) -> None:
+        """Raises LeaseLost where the directory belongs to another process by now.
+
+        now: by a look at the directory, else by what the last heartbeat saw. One that is long ago is not trusted: this process may
+        have been stopped for so long that another has taken the directory.
+        """
+        if self._lost is None and (now or time.monotonic() - self._beaten > 3 * self.interval_s):
+            with contextlib.suppress(OSError):
+                self._look()
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
@@ -165,24 +172,32 @@ class Lease:
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
 
     def newest(self) -> tuple[int, Owner | None]:
-        """The highest number taken and who took it; (0, None) where nobody has, (n, None) where the file cannot be understood."""
-        numbers = self._numbers()
-        if not numbers:
-            return 0, None
-        try:
-            return numbers[-1], Owner.decode(self._path(numbers[-1]).read_bytes())
-        except FileNotFoundError:
-            return 0, None
-        except ValueError:
-            # Half written by a heartbeat, or cut by a full disk: like an owner on another machine, it is watched.
-            return numbers[-1], Owner(host="unknown", machine="", pid=0, started=0.0, job="", restarts=0, since="unknown", token="")
+        """The highest number taken and who took it; (0, None) where nobody has."""
+        while numbers := self._numbers():
+            # One that is gone by now was given back, or has a successor.
+            with contextlib.suppress(FileNotFoundError):
+                return numbers[-1], self._read(numbers[-1])
+            time.sleep(0.01)
+        return 0, None
 
-    def _watch(self, number: int, seen: Owner, say: Callable[[str], None]) -> bool | None:
+    def _read(self, number: int) -> Owner:
+        content = self._path(number).read_bytes()
+        try:
+            return Owner.decode(content)
+        except ValueError:
+            # Half written by a heartbeat, cut by a full disk, or of another version: like an owner on another machine, it is watched.
+            return Owner(
+                host="unknown", machine="", pid=0, started_ticks=0, job="", restarts=0, since="unknown",
+                token=hashlib.sha256(content).hexdigest(),
+            )  # fmt: skip
+
+    def _watch(self, number: int, seen: Owner, say: Callable[[str], None], waiting: Callable[[], None]) -> bool | None:
         """Whether this owner of another machine is dead; None where things have changed and must be looked at again."""
         say(f"{self.directory} belongs to {seen}: looking for a sign of life for up to {self.patience_s:.0f} s")
         deadline = time.monotonic() + self.patience_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.interval_s))
+            waiting()
             number_now, now = self.newest()
             if number_now != number:
                 return None
@@ -190,59 +205,88 @@ class Lease:
                 return False
         return True
 
-    def _claim(self, number: int) -> bool:
-        """Take a number; False where another process has it."""
-        beside = self.folder / f".{self.owner.token}"
-        with beside.open("wb") as file:
-            file.write(self.owner.encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def _claim(self, dead_number: int, dead: Owner | None) -> bool:
+        """Take the number behind the dead owner's; False where another process was faster, however long ago this one looked."""
+        number = dead_number + 1
         try:
-            os.link(beside, self._path(number))
-        except FileExistsError:
-            return False
-        except OSError:
-            # A file system without hard links; those that lack them are not the ones whose exclusive creation is in doubt.
-            try:
-                with self._path(number).open("xb") as file:
-                    file.write(self.owner.encode())
-            except FileExistsError:
+            if not self._take(number):
                 return False
-        finally:
-            beside.unlink()
+        except FileNotFoundError:
+            # The owner that was there has ended, and its folder with it.
+            return False
+        if self._is_late(number, dead):
+            self._path(number).unlink(missing_ok=True)
+            return False
         self._number = number
         for old in self._numbers():
             if old < number:
                 self._path(old).unlink(missing_ok=True)
         return True
 
+    def _is_late(self, number: int, dead: Owner | None) -> bool:
+        """Whether a number just taken lies behind another's, or behind an owner that is not the one found dead."""
+        if self._numbers()[-1:] != [number]:
+            return True
+        try:
+            return number > 1 and self._read(number - 1).token != dead.token
+        except FileNotFoundError:
+            return False
+
+    def _take(self, number: int) -> bool:
+        """Make the file of a number; False where another process has it."""
+        beside, content = self.folder / f".{self.owner.token}", self.owner.encode()
+        try:
+            _write(beside, content, "wb")
+            os.link(beside, self._path(number))
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # A file system without hard links; those that lack them are not the ones whose exclusive creation is in doubt.
+            try:
+                _write(self._path(number), content, "xb")
+            except FileExistsError:
+                return False
+        finally:
+            beside.unlink(missing_ok=True)
+        return True
+
     def _beat(self) -> None:
         while not self._released.wait(self.interval_s):
-            try:
+            # A file system may not answer for a while; whoever takes the directory meanwhile is found afterwards.
+            with contextlib.suppress(OSError):
                 self._beat_once()
-            except FileNotFoundError:
-                self._lost = f"{self.directory} was taken from this process ({self.owner}) by another"
-            except OSError:
-                # A file system that does not answer for a while; whoever takes the directory meanwhile is found afterwards.
-                continue
             if self._lost is not None:
                 return
 
     def _beat_once(self) -> None:
-        with self._path(self._number).open("r+b") as file:
-            self.owner = dataclasses.replace(self.owner, beats=self.owner.beats + 1)
-            file.write(self.owner.encode())
+        try:
+            with self._path(self._number).open("r+b") as file:
+                self.owner = dataclasses.replace(self.owner, beats=self.owner.beats + 1)
+                file.write(self.owner.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            pass
+        self._look()
+        self._beaten = time.monotonic()
+
+    def _look(self) -> None:
+        """Take note of another owner, or of being none."""
+        number, other = self.newest()
+        if number != self._number:
+            by = f"{other}" if number > self._number else "another"
+            self._lost = f"{self.directory} was taken from this process ({self.owner}) by {by}"
+
+
+def _write(path: Path, content: bytes, mode: str) -> None:
+    """Durably, or not at all."""
+    with path.open(mode) as file:
+        try:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        numbers = self._numbers()
-        if numbers and numbers[-1] > self._number:
-            _, other = self.newest()
-            self._lost = f"{self.directory} was taken from this process ({self.owner}) by {other}"
-
-
-def _machine() -> str:
-    """Equal for processes that see each other's PIDs."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {secrets.token_hex(8)}"
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise

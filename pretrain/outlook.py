@@ -15,6 +15,7 @@ from pretrain.checkpoint.files import size
 from pretrain.config import PretrainConfig
 from pretrain.going_on import Beginning, beginning
 from pretrain.lease import Lease
+from pretrain.validation.spikes import reach
 
 GIB = 2**30
 
@@ -35,10 +36,10 @@ class Outlook:
 def look(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> Outlook:
     """model: resolved."""
     found = Outlook([("directory", str(config.run_directory))])
-    _look_at_owner(config, found)
     directory = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last, warn=found.warnings.append)
     changes: list[str] = []
     try:
+        _look_at_owner(config, found)
         where = beginning(config, model, manifest, directory, changes.append, contents=False)
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
@@ -46,6 +47,8 @@ def look(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> Outl
     found.complete = where.step >= config.train.steps
     found.rows.append(("start", _start(config, where)))
     found.rows += [("changed", line.removeprefix("changed: ")) for line in changes]
+    if where.rolled_back:
+        found.rows.append(("roll-back", where.rolled_back))
     if not found.complete:
         _look_at_disk(config, model, where, directory, found)
     return found
@@ -77,7 +80,8 @@ def _look_at_owner(config: PretrainConfig, found: Outlook) -> None:
 def _look_at_disk(config: PretrainConfig, model: ModelConfig, where: Beginning, directory: CheckpointDirectory, found: Outlook) -> None:
     """Of what is to come those bytes are there already that the checkpoints of now will make room for."""
     settings, precision, subln = config.checkpoint, config.train.precision, config.bitnet.subln
-    copies, interval = settings.keep_last + 1, settings.milestone_interval
+    # Besides the one being written, with roll-backs one far back that signals' checkpoints would have made way for.
+    copies, interval = settings.keep_last + 1 + bool(reach(config)), settings.milestone_interval
     milestones = config.train.steps // interval - where.step // interval if interval else 0
     needed = copies * checkpoint_bytes(model, precision, subln) + milestones * checkpoint_bytes(model, precision, subln, weights_only=True)
     missing = max(0, needed - sum(map(size, directory.published())))

@@ -16,6 +16,8 @@ class Doing:
     """Of the phases entered so far: it grows alike on all ranks that keep up with each other."""
     since: float
     """time.monotonic()."""
+    limited: bool = True
+    """Whether it counts as a hang when it takes too long; else it waits for somebody who is watched himself, or ends by itself."""
 
     def __str__(self) -> str:
         return f"in step {self.step}: {self.phase}" if self.step else self.phase
@@ -26,10 +28,21 @@ class Progress:
 
     def __init__(self) -> None:
         self.now = Doing(0, "starting", 0, time.monotonic())
+        self._renewed = 0.0
 
-    def enter(self, phase: str, step: int | None = None) -> None:
+    def enter(self, phase: str, step: int | None = None, limited: bool = True) -> None:
         """step: the same one where None."""
-        self.now = Doing(self.now.step if step is None else step, phase, self.now.count + 1, time.monotonic())
+        self.now = Doing(self.now.step if step is None else step, phase, self.now.count + 1, time.monotonic(), limited)
+
+    def renew(self, *_: object) -> None:
+        """There is progress in a long phase. For any thread; what it is told, say how much was read, does not matter."""
+        self._renewed = time.monotonic()
+
+    @property
+    def standing_s(self) -> float:
+        """Seconds since the last sign of progress; 0 in a phase that may take as long as it takes."""
+        now = self.now
+        return time.monotonic() - max(now.since, self._renewed) if now.limited else 0.0
 
     def reading(self, batches: Iterator[torch.Tensor], then: str) -> Iterator[torch.Tensor]:
         """The same batches; while one is waited for that is what the process does, and after it `then`."""

@@ -11,6 +11,7 @@ from megatron_qsparse.parallel.checkpoint.saver import GROUP_TIMEOUT
 from megatron_qsparse.parallel.zero import ZeroEngine
 from pretrain.checkpoint.directory import STATE_NAME, CheckpointDirectory
 from pretrain.going_on import Beginning
+from pretrain.progress import Progress
 from pretrain.trainer import TrainerState
 
 
@@ -30,9 +31,11 @@ def load(engine: ZeroEngine, beginning: Beginning, directory: CheckpointDirector
     return TrainerState(**beginning.state)
 
 
-def of_rank_0(find: Callable[[], Any]) -> Any:
-    """What rank 0 finds on the disk, on every rank; where it fails, all raise. Collective."""
+def of_rank_0(find: Callable[[], Any], progress: Progress, doing: str) -> Any:
+    """What rank 0 finds on the disk, on every rank; where it fails, all raise. Collective. doing: told where it fails or hangs."""
     found = [None]
+    # The others are told of a hang by rank 0: it may find its way, say through a large checkpoint, for longer than a step may take.
+    progress.enter(doing if dist.get_rank() == 0 else f"waiting for rank 0, {doing}", limited=dist.get_rank() == 0)
     if dist.get_rank() == 0:
         try:
             found = [find()]
@@ -41,7 +44,7 @@ def of_rank_0(find: Callable[[], Any]) -> Any:
             found = [ValueError(str(error))]
         except Exception:
             # Swallowed by nobody: the other ranks wait in the broadcast below, and all of them raise it with its traceback.
-            found = [RuntimeError(f"rank 0 failed while it looked for a checkpoint:\n{traceback.format_exc()}")]
+            found = [RuntimeError(f"rank 0 failed {doing}:\n{traceback.format_exc()}")]
     # Rank 0 reads a whole checkpoint: the default group, of NCCL on GPUs, would give up after ten minutes.
     group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     dist.broadcast_object_list(found, src=0, group=group)

@@ -2,20 +2,21 @@
 
 RUN_DIR/rollbacks.json lists what was decided. It is written before anything else happens, and a checkpoint says how many of the
 roll-backs it has seen (TrainerState.rollbacks): so a run that is killed at any moment of a roll-back, and one that does it within
-its processes, take the same way, `apply`, to the same state.
+its processes, take the same way, `abandoned` and `apply` (pretrain.going_on), to the same state. Imports no torch.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.content import TrainerRecord
-from pretrain.checkpoint.directory import CheckpointDirectory, remove, step_of
+from pretrain.checkpoint.directory import KINDS, CheckpointDirectory, step_of
+from pretrain.config import PretrainConfig
 from pretrain.tracking.record import write_json
-from pretrain.trainer import RollBack
-from pretrain.validate import Validated
+
+if TYPE_CHECKING:
+    from pretrain.trainer import RollBack
 
 FORMAT_VERSION = 1
 NAME = "rollbacks.json"
@@ -47,50 +48,66 @@ def read(run_directory: Path) -> list[Entry]:
         raise ValueError(f"{path} cannot be read ({error}): restore it; it says which samples the run leaves out") from error
 
 
-def decide(run: Validated, directory: CheckpointDirectory, spike: RollBack) -> str:
+def decide(config: PretrainConfig, directory: CheckpointDirectory, spike: "RollBack") -> str:
     """Write down where to go back to; a sentence that says it. For rank 0.
 
     Raises ValueError where there were enough roll-backs already, or where no checkpoint is old enough.
     """
-    settings, entries = run.config.spike, read(run.config.run_directory)
+    settings, entries = config.spike, read(config.run_directory)
     if len(entries) >= settings.max_rollbacks:
-        raise ValueError(f"{spike}, after {len(entries)} roll-backs (spike.max_rollbacks): lower optimizer.lr, then start again")
+        raise ValueError(
+            f"{spike}, after {len(entries)} roll-backs (spike.max_rollbacks): lower optimizer.lr, then start again with "
+            "--allow_change optimizer.lr"
+        )
     latest = spike.first_step - settings.rollback_steps
     old_enough = [path for path in directory.complete() if step_of(path) <= latest]
     if not old_enough:
+        early = latest < config.checkpoint.interval
         raise ValueError(
-            f"{spike}, but no complete checkpoint of step {latest} or before is left to go back to: raise checkpoint.keep_last or "
-            "lower spike.rollback_steps or checkpoint.interval"
+            f"{spike}, but there is no complete checkpoint of step {latest} or before to go back to: "
+            + ("it came too early in the run for that" if early else "see what became of it")
+            + "; lower spike.rollback_steps or checkpoint.interval, then start again with --allow_change spike"
         )
     step = step_of(old_enough[-1])
     entries.append(Entry(spike_begins=spike.first_step, checkpoint_step=step, consumed_samples=spike.consumed_samples))
-    write_json(run.config.run_directory / NAME, {"format_version": FORMAT_VERSION, "rollbacks": [asdict(entry) for entry in entries]})
+    write_json(config.run_directory / NAME, {"format_version": FORMAT_VERSION, "rollbacks": [asdict(entry) for entry in entries]})
     return f"roll-back {len(entries)} of at most {settings.max_rollbacks}: going back to step {step}"
 
 
-def remove_left_behind(run: Validated, directory: CheckpointDirectory) -> None:
-    """Remove the checkpoints between those that were gone back to and the spikes. For rank 0."""
-    entries = read(run.config.run_directory)
-    for path in directory.complete() if entries else ():
-        unseen = entries[TrainerRecord.read(path).state.get("rollbacks", 0) :]
-        if any(step_of(path) > entry.checkpoint_step for entry in unseen):
-            remove(path)
+def abandoned(entries: list[Entry], directory: CheckpointDirectory) -> list[Path]:
+    """Checkpoints and milestones between those that were gone back to and the spikes: training takes another way from there."""
+    return [path for kind in KINDS if entries for path in directory.complete(kind) if _is_abandoned(path, entries)]
 
 
-def apply(run: Validated, state: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """The state that training goes on from, given a checkpoint's: behind the spikes of the roll-backs that it has not seen."""
-    entries = read(run.config.run_directory)
-    seen = state.get("rollbacks", 0)
-    if len(entries) <= seen:
-        return state
-    skipped_to = max(entry.consumed_samples for entry in entries[seen:])
-    say(
+def _is_abandoned(path: Path, entries: list[Entry]) -> bool:
+    try:
+        unseen = _unseen(entries, TrainerRecord.read(path).state)
+    except (ValueError, OSError):
+        # What is damaged is told where checkpoints are chosen.
+        return False
+    return any(step_of(path) > entry.checkpoint_step for entry in unseen)
+
+
+def apply(entries: list[Entry], state: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The state that training goes on from, given a checkpoint's: behind the spikes of the roll-backs that it has not seen.
+
+    With a sentence that says so; "" where there are none.
+    """
+    unseen = _unseen(entries, state)
+    if not unseen:
+        return state, ""
+    skipped_to = max(entry.consumed_samples for entry in unseen)
+    told = (
         f"rolled back to step {state['step']}: samples {state['consumed_samples']:,} to {skipped_to - 1:,}, up to the end of the loss "
         "spike, are left out"
     )
-    return state | {"consumed_samples": skipped_to, "rollbacks": len(entries)}
+    return state | {"consumed_samples": skipped_to, "rollbacks": len(entries)}, told
 
 
-def forget(run: Validated) -> None:
+def _unseen(entries: list[Entry], state: dict[str, Any]) -> list[Entry]:
+    return entries[state.get("rollbacks", 0) :]
+
+
+def forget(run_directory: Path) -> None:
     """The run starts over, from no checkpoint. For rank 0."""
-    (run.config.run_directory / NAME).unlink(missing_ok=True)
+    (run_directory / NAME).unlink(missing_ok=True)

@@ -10,7 +10,10 @@ from pretrain.lease import Lease
 
 PROBE_BYTES = 64 << 10
 """More than the files that a run begins with."""
-WRITTEN = ("config.yaml", "run.json", "metrics.jsonl", "system.jsonl", "shipped.json", "run_id", "checkpoints", "artifacts", ".owner")
+WRITTEN = (
+    "config.yaml", "run.json", "metrics.jsonl", "metrics.discarded.jsonl", "system.jsonl", "shipped.json", "run_id", "rollbacks.json",
+    "checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner",
+)  # fmt: skip
 """What a run writes in its directory, and what must be writable where it is there already."""
 
 
@@ -35,10 +38,10 @@ def problems(directory: Path, field: str = "output_dir") -> list[str]:
     return []
 
 
-def own(lease: Lease, say: Callable[[str], None]) -> None:
-    """Acquire the lease, and write for trial. Raises ValueError where either cannot be."""
+def own(lease: Lease, say: Callable[[str], None], waiting: Callable[[], None] = lambda: None) -> None:
+    """Acquire the lease, and write for trial. waiting: called now and then meanwhile. Raises ValueError where either cannot be."""
     with writing(lease.directory):
-        lease.acquire(say)
+        lease.acquire(say, waiting)
         probe = lease.directory / f".probe.{secrets.token_hex(4)}"
         try:
             with probe.open("wb") as file:
@@ -63,4 +66,6 @@ def _refusal(directory: Path, reason: str, field: str = "output_dir") -> str:
 
 
 def _text(error: OSError) -> str:
-    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    # Of a file that is written beside and renamed, the name it was to get.
+    name = error.filename2 or error.filename
+    return f"{error.strerror or error}{f': {name}' if name else ''}"

@@ -1,28 +1,30 @@
 """Ends a run that hangs, and names the ranks that the others wait for.
 
 A thread of each rank looks at the rank's own progress. It works while the training thread is blocked in gloo or NCCL, which
-release Python's lock. What a rank does is published in the launcher's key-value store, over a connection of the thread's own.
+release Python's lock. What a rank does is published (pretrain.blackboard).
+
+A rank whose machine is gone publishes nothing any more; NCCL would wait for it. Rank 0 looks at all ranks' signs of life, and
+they at rank 0's.
 """
 
 import faulthandler
-import json
 import os
 import socket
 import sys
 import threading
 import time
-from contextlib import suppress
-from datetime import timedelta
 
-import psutil
 import torch.distributed as dist
 
+from pretrain import processes
+from pretrain.blackboard import Blackboard
 from pretrain.progress import Progress
 
 MAX_TICK_S = 5.0
+SILENCE_S = 45.0
+"""Without a sign of life after which a rank counts as dead: so the others end within a minute."""
 COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 """Files of functions that a rank waits in for other ranks."""
-PREFIX = "megatron_qsparse.watchdog"
 
 
 class Watchdog:
@@ -36,9 +38,13 @@ class Watchdog:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.tick_s = min(MAX_TICK_S, timeout_s / 4) if timeout_s else MAX_TICK_S
         self._training = threading.get_ident()
+        self._machine = processes.machine()
         self._beat = 0
+        self._heard: dict[int, tuple[int | None, float]] = {}
+        """rank -> its last beat, and when it was new here."""
+        self._begun = time.monotonic()
         self._ended = threading.Event()
-        self._store = _connect(self.tick_s)
+        self._blackboard = Blackboard()
         self._publish()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -51,24 +57,58 @@ class Watchdog:
 
     def lost(self) -> list[int]:
         """Ranks on this machine whose process is gone without having done its part."""
-        states = {rank: state for rank in range(self.size) if (state := self._state(rank)) is not None}
-        return [
-            rank for rank, state in states.items()
-            if not state["done"] and state["host"] == socket.gethostname() and not _lives(state["pid"])
-        ]  # fmt: skip
+        return [rank for rank, state in self._blackboard.states(range(self.size)).items() if state and self._is_gone(state)]
+
+    def _is_gone(self, state: dict) -> bool:
+        if state["done"] or state["machine"] != self._machine:
+            return False
+        try:
+            return processes.started(state["pid"]) is None
+        except OSError:
+            return False
 
     def _watch(self) -> None:
         while not self._ended.wait(self.tick_s):
             self._beat += 1
             self._publish()
-            late = self.timeout_s and time.monotonic() - self.progress.now.since > self.timeout_s
-            if late or (self.timeout_s and self._has("hang")):
+            if not self.timeout_s:
+                continue
+            if self.progress.standing_s > self.timeout_s or self._blackboard.has("hang"):
                 self._end()
+            elif silent := self._silent():
+                self._leave(silent)
+
+    def _silent(self) -> dict[int, str]:
+        """rank -> the host of those without a sign of life for too long. Each rank asks for one other, rank 0 for all of them."""
+        found, now = {}, time.monotonic()
+        states = self._blackboard.states(range(1, self.size) if self.rank == 0 else [0])
+        for rank, state in states.items():
+            beat = state["beat"] if state else None
+            if rank not in self._heard or beat != self._heard[rank][0] or (state and state["done"]):
+                self._heard[rank] = (beat, now)
+            elif now - self._heard[rank][1] > SILENCE_S:
+                found[rank] = state["host"] if state else "unknown host"
+        if self.rank and not states and self._is_stuck_since(self._heard.get(0, (None, self._begun))[1]):
+            # The store is gone, with the machine of rank 0 or with the launcher alone: that one is not needed any more.
+            found[0] = "with the launcher's store"
+        return found
+
+    def _is_stuck_since(self, then: float) -> bool:
+        now = time.monotonic()
+        return self._waits() and min(now - then, now - self.progress.now.since) > SILENCE_S
+
+    def _leave(self, silent: dict[int, str]) -> None:
+        """The processes of other ranks are gone: they cannot come back to a collective, whatever this rank waits for."""
+        names = ", ".join(f"rank {rank} ({host})" for rank, host in sorted(silent.items()))
+        _print(f"rank {self.rank}: ends {self.progress.now}, there was no sign of life for {SILENCE_S:.0f} s from {names}")
+        # The others then end at once.
+        self._blackboard.write("hang", "1")
+        os._exit(1)
 
     def _end(self) -> None:
         """Say where this rank is, after those that the others wait for, and leave."""
-        self._set("hang", "1")
-        before = {rank: self._state(rank) for rank in range(self.size)}
+        self._blackboard.write("hang", "1")
+        before = self._blackboard.states(range(self.size))
         # Who lives beats again within this time.
         if self._ended.wait(3 * self.tick_s):
             return
@@ -93,13 +133,15 @@ class Watchdog:
 
     def _culprits(self, before: dict[int, dict | None]) -> dict[int, str]:
         """rank -> what it does: those that do not answer, else those behind the others, else those that wait for nobody."""
-        now = {rank: self._state(rank) for rank in range(self.size)}
-        silent = [rank for rank in now if rank != self.rank and (now[rank] is None or self._is_silent(before[rank], now[rank]))]
+        now = self._blackboard.states(range(self.size))
+        silent = [rank for rank in now if rank != self.rank and (now[rank] is None or self._is_silent(before.get(rank), now[rank]))]
         if silent:
             return {rank: f"does not answer, last heard of {now[rank]['doing']}" if now[rank] else "never answered" for rank in silent}
         at_work = {rank: state for rank, state in now.items() if not state["waits"]}
         if at_work:
             now = at_work
+        if not now:
+            return {}
         least = min((state["step"], state["count"]) for state in now.values())
         behind = {rank: state["doing"] for rank, state in now.items() if (state["step"], state["count"]) == least}
         return behind if len(behind) < self.size else {}
@@ -108,8 +150,7 @@ class Watchdog:
         return not now["done"] and before is not None and before["beat"] == now["beat"]
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(text + "; its stack:\n")
-        sys.stderr.flush()
+        _print(text + "; its stack:")
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
 
     def _waits(self) -> bool:
@@ -125,35 +166,11 @@ class Watchdog:
         doing = self.progress.now
         state = {
             "step": doing.step, "count": doing.count, "doing": str(doing), "waits": self._waits(), "beat": self._beat, "done": done,
-            "pid": os.getpid(), "host": socket.gethostname(),
+            "pid": os.getpid(), "host": socket.gethostname(), "machine": self._machine,
         }  # fmt: skip
-        self._set(f"rank {self.rank}", json.dumps(state))
-
-    # A store that is gone takes the names of the others with it, not this rank's own report.
-    def _set(self, key: str, value: str) -> None:
-        with suppress(RuntimeError):
-            self._store.set(key, value)
-
-    def _has(self, key: str) -> bool:
-        with suppress(RuntimeError):
-            return self._store.check([key])
-        return False
-
-    def _state(self, rank: int) -> dict | None:
-        key = f"rank {rank}"
-        with suppress(RuntimeError):
-            if self._store.check([key]):
-                return json.loads(self._store.get(key))
-        return None
+        self._blackboard.write_state(self.rank, state)
 
 
-def _lives(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _connect(tick_s: float) -> dist.Store:
-    """A client of the store that the processes found each other by; shared with no other thread, which could hold it for minutes."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(PREFIX, dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(10.0, tick_s))))
+def _print(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

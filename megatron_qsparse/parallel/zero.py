@@ -35,7 +35,7 @@ class AdamSettings:
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     loss: float
-    """Mean loss per token over the whole global batch, nat."""
+    """Mean loss per token over the whole global batch, nat; the same number on every rank."""
     grad_norm: float
     """Global l2 norm of the gradient before clipping; inf where it was not finite."""
     applied: bool
@@ -191,4 +191,7 @@ def _expert_meters(model: nn.Module, device: torch.device) -> ExpertMeters | Non
 
 def _data_parallel_mean(value: torch.Tensor) -> float:
     dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_model_parallel_group().size() > 1:
+        # Each tensor-parallel rank has reduced its own: decisions rest on it, and must not hang on a last bit.
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
     return value.item() / parallel_state.get_data_parallel_world_size()

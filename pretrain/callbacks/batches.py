@@ -1,5 +1,6 @@
 """Batches that something was wrong with, kept for whoever looks for the reason."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from pretrain.trainer import StepReport
 from pretrain.validate import Validated
 
 MAX_KEPT = 10
-"""Batches in one folder."""
+"""Batches in one folder: the last ones."""
 
 
 class BatchFolder:
@@ -23,25 +24,30 @@ class BatchFolder:
         self.run, self.path = run, run.config.run_directory / name
 
     def keep(self, report: StepReport, first: int) -> Path | None:
-        """Write the samples from `first` on, of all ranks; None where there are enough already, or no room."""
+        """Write the samples from `first` on, of all ranks; None where that cannot be done."""
         config = self.run.config
+        path = self.path / f"step_{report.step:08d}.npz"
+        beside = self.path / f".{path.name}"
         try:
             self.path.mkdir(exist_ok=True)
-            path = self.path / f"step_{report.step:08d}.npz"
-            if len(list(self.path.glob("*.npz"))) >= MAX_KEPT and not path.exists():
-                return None
             size = config.train.global_batch_size
             dataset = TokenDataset(
                 config.data.path, "train", config.data.sequence_length, config.train.seed, size, size,
                 consumed_samples=first, window_shards=config.data.window_shards,
             )  # fmt: skip
             batch = next(iter(dataset))
-            np.savez(
-                path, sample_ids=batch["sample_ids"].numpy(), tokens=batch["tokens"].numpy(), loss=report.result.loss,
-                grad_norm=report.result.grad_norm,
-            )  # fmt: skip
+            with beside.open("wb") as file:
+                np.savez(
+                    file, sample_ids=batch["sample_ids"].numpy(), tokens=batch["tokens"].numpy(), loss=report.result.loss,
+                    grad_norm=report.result.grad_norm,
+                )  # fmt: skip
+            beside.replace(path)
+            for old in sorted(self.path.glob("step_*.npz"))[:-MAX_KEPT]:
+                old.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             # The shards may have been replaced meanwhile; a diagnosis must not end the run.
             print(f"warning: the batch could not be kept: {error}", flush=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             return None
         return path

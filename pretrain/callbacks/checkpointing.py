@@ -14,6 +14,7 @@ from pretrain.checkpoint.content import TrainerRecord
 from pretrain.checkpoint.directory import KINDS, STATE_NAME, CheckpointDirectory, Kind, step_of
 from pretrain.identity import NUMERICS_VERSION, identity
 from pretrain.lease import Lease
+from pretrain.progress import Progress
 from pretrain.resume import of_rank_0
 from pretrain.tracking.shipper import RUN_ID_NAME
 from pretrain.trainer import Callback, StepReport, Stopped, Trainer, TrainerState
@@ -48,11 +49,15 @@ class SaveCheckpoints(Callback):
         self.owed: set[Kind] = set()
         """Kinds that were due after a step of which it is not clear whether its weights are any good."""
 
-    def catch_up(self, state: TrainerState) -> None:
+    def catch_up(self, state: TrainerState, progress: Progress) -> None:
         """Write the milestone of the step that a run goes on from, where it was killed between the two. Collective."""
         if not _is_due(state.step, self.settings.milestone_interval):
             return
-        if of_rank_0(lambda: all(step_of(path) != state.step for path in self.directory.complete("milestone"))):
+        missing = of_rank_0(
+            lambda: all(step_of(path) != state.step for path in self.directory.complete("milestone")), progress, "looking at milestones"
+        )
+        if missing:
+            progress.enter(self.doing)
             self._save(state, ["milestone"])
             self._ended(self.saver.wait)
 
@@ -148,7 +153,7 @@ class SaveCheckpoints(Callback):
 
         def publish(files: dict[str, FileRecord]) -> None:
             if self.lease is not None:
-                self.lease.check()
+                self.lease.check(now=True)
             record.write(partial, self.run.config)
             self.directory.publish(partial, {f"{STATE_NAME}/{name}": file for name, file in files.items()})
 

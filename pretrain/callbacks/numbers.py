@@ -38,6 +38,7 @@ class WatchNumbers(Callback):
             )  # fmt: skip
         if state.skipped_in_a_row >= self.allowed:
             report.failure = Stopped(
-                f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last one {told}: lower optimizer.lr or "
-                f"look at the batches in {self.batches.path}; checkpoints from before are still there"
+                f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last one {told}: look at the "
+                f"batches in {self.batches.path}, or lower optimizer.lr and start again with --allow_change optimizer.lr; checkpoints from "
+                "before are still there"
             )

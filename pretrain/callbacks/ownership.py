@@ -5,7 +5,7 @@ from pretrain.trainer import Callback, StepReport, Stopped, Trainer
 
 
 class KeepLease(Callback):
-    """lease: rank 0's; None on the others, which end when rank 0 does."""
+    """lease: rank 0's; None on the others, which end when rank 0 does. First of the callbacks: before anything is written."""
 
     doing = "looking after the lease"
 

@@ -50,7 +50,8 @@ class WatchSpikes(Callback):
             print(f"warning: {told}; batches are in {self.batches.path}", flush=True)
         if settings.action == "stop":
             report.failure = Stopped(
-                f"{told}, and spike.action=stop: lower optimizer.lr or look at the batches in {self.batches.path}, then start again"
+                f"{told}, and spike.action=stop: look at the batches in {self.batches.path}, or lower optimizer.lr; start again with "
+                "--allow_change optimizer.lr"
             )
         elif settings.action == "rollback":
             report.failure = RollBack(told, first, state.consumed_samples)

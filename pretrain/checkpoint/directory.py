@@ -8,7 +8,7 @@ import contextlib
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +20,24 @@ KINDS: tuple[Kind, ...] = ("step", "milestone")
 PARTIAL = ".partial"
 REMOVED = ".removed"
 """Behind the name of one that is being removed, or of what could not be removed."""
+GIVEN_UP = ".given-up"
+"""Before that, of one that nobody is to find again."""
 STATE_NAME = "state"
 """Folder of the tensors in a checkpoint."""
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run. warn: receives a sentence for everything unusual."""
+    """The checkpoints of one run. warn: receives a sentence for everything unusual.
 
-    def __init__(self, path: Path, keep_last: int, warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)):
-        self.path, self.keep_last, self.warn = path, keep_last, warn
+    reach: in steps; one checkpoint at least as far back is kept besides the last `keep_last`, 0 for none. Those that signals ask for
+    lie closer together than the interval says.
+    """
+
+    def __init__(
+        self, path: Path, keep_last: int, warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
+        reach: int = 0,
+    ):  # fmt: skip
+        self.path, self.keep_last, self.warn, self.reach = path, keep_last, warn, reach
 
     def partial(self, step: int, kind: Kind = "step") -> Path:
         """Where the checkpoint of a step is written before it is published."""
@@ -79,7 +88,14 @@ class CheckpointDirectory:
         read: what it publishes must not make way for them.
         """
         complete = [path for path in self.complete(kind) if newest is None or step_of(path) <= step_of(newest)]
-        return complete[: max(0, len(complete) - keep_last)]
+        last = max(0, len(complete) - keep_last)
+        old, kept = complete[:last], complete[last:]
+        if self.reach and old:
+            far = step_of(complete[-1]) - self.reach
+            if step_of(kept[0]) > far:
+                # Where none is far enough yet, the oldest will be the first.
+                old.remove(max((path for path in old if step_of(path) <= far), key=step_of, default=old[0]))
+        return old
 
     def _clean_up(self, published: Path, replaced: Path | None) -> None:
         """The new checkpoint is there, whatever happens to old ones."""
@@ -102,16 +118,18 @@ class CheckpointDirectory:
         """Complete checkpoints, oldest first."""
         return [path for path in self.published(kind) if damage(path) is None]
 
-    def newest(self, contents: bool = True) -> Path | None:
+    def newest(
+        self, contents: bool = True, without: Container[Path] = (), progress: Callable[[int], None] = lambda nbytes: None
+    ) -> Path | None:
         """The newest complete checkpoint; warns of newer ones that are damaged. None where none was ever published.
 
-        contents: complete by every byte, not only by sizes.
+        contents: complete by every byte, not only by sizes. without: those not looked at. progress: told of bytes read.
 
         Raises ValueError where there are checkpoints and all are damaged: starting over would overwrite them.
         """
-        published = self.published()
+        published = [path for path in self.published() if path not in without]
         for path in reversed(published):
-            problem = damage(path, contents)
+            problem = damage(path, contents, progress)
             if problem is None:
                 return path
             self.warn(f"{path} is not a complete checkpoint ({problem}); looking for the one before it")
@@ -126,10 +144,13 @@ class CheckpointDirectory:
         return sorted(p for p in self.path.iterdir() if p.is_dir() and kind_of(p) == kind)
 
 
-def remove(checkpoint: Path) -> None:
-    """Take a checkpoint away; one that is removed half-way is no damaged checkpoint. One that is gone already is no error."""
+def remove(checkpoint: Path, for_good: bool = False) -> None:
+    """Take a checkpoint away; one that is removed half-way is no damaged checkpoint. One that is gone already is no error.
+
+    for_good: it is not restored either where that is broken off while it is whole.
+    """
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(checkpoint if checkpoint.name.endswith(REMOVED) else _set_aside(checkpoint))
+        shutil.rmtree(checkpoint if checkpoint.name.endswith(REMOVED) else _set_aside(checkpoint, GIVEN_UP if for_good else ""))
 
 
 def _restore_or_remove(left: Path) -> None:
@@ -142,9 +163,9 @@ def _restore_or_remove(left: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _set_aside(checkpoint: Path) -> Path:
+def _set_aside(checkpoint: Path, mark: str = "") -> Path:
     """Its new path: no checkpoint's name, and one that nothing left there has."""
-    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.{secrets.token_hex(4)}{REMOVED}"))
+    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}{mark}.{secrets.token_hex(4)}{REMOVED}"))
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -106,9 +106,9 @@ def _difference(directory: Path, name: str, expected: str, progress: Callable[[i
     return None if digest == expected else f"{name} has other contents than when it was written"
 
 
-def damage(directory: Path, contents: bool = False) -> str | None:
+def damage(directory: Path, contents: bool = False, progress: Callable[[int], None] = lambda nbytes: None) -> str | None:
     """Why this directory is not a complete checkpoint; None where it is one."""
-    return next(damages(directory, contents), None)
+    return next(damages(directory, contents, progress), None)
 
 
 def size(directory: Path) -> int:

@@ -38,6 +38,7 @@ class ShippingThread(threading.Thread):
         self._shipper = Shipper(run_directory, uri, self._keep_going)
         self._closing = threading.Event()
         self._deadline = float("inf")
+        self._abandoned = False
         self.complete = False
 
     def finish(self, timeout_s: float) -> bool:
@@ -47,10 +48,15 @@ class ShippingThread(threading.Thread):
         self.join(timeout_s)
         return self.complete
 
+    def abandon(self) -> None:
+        """Ship nothing more; a request under way is left to itself."""
+        self._abandoned = True
+        self.finish(0.0)
+
     def run(self) -> None:
         pause, outage = PASS_INTERVAL_S, False
         announced = previous_shipped = False
-        while True:
+        while not self._abandoned:
             # Read before the pass: what is journaled before `finish` is then surely part of the last pass.
             closing = self._closing.is_set()
             try:

@@ -79,6 +79,13 @@ class Journal:
         os.close(self._descriptor)
         self._descriptor = -1
 
+    def abandon(self) -> None:
+        """Close it without writing anything more."""
+        self._waiting.clear()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
     def _write_waiting(self) -> None:
         data = b"".join(self._waiting)
         try:

@@ -17,6 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside, force it to disk and rename it."""
+    """Write a file beside, force it to disk and rename it. Where that fails nothing is left."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise

@@ -45,6 +45,13 @@ class SystemSampler:
         if not self._thread.is_alive():
             self._journal.close()
 
+    def abandon(self) -> None:
+        """Take no more samples; what could not be written is dropped."""
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+        if not self._thread.is_alive():
+            self._journal.abandon()
+
     def _run(self) -> None:
         psutil = self._psutil
         process = psutil.Process()

@@ -161,10 +161,8 @@ class Tracker:
         """
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
-        if self._closed or os.getpid() != self._process_id:
-            return  # the second case: a forked child that leaves through sys.exit runs our atexit hook
-        self._closed = True
-        atexit.unregister(self.close)
+        if not self._end():
+            return
         if self._sampler:
             self._sampler.stop()
         self._journal.close()
@@ -178,6 +176,24 @@ class Tracker:
             drain_s = min(drain_s, KILLED_DRAIN_S)
         if self._shipping and not self._shipping.finish(drain_s):
             report_rest(self._directory)
+
+    def abandon(self) -> None:
+        """End without a word: the run directory belongs to another process, whose record, journal and status these are now."""
+        if not self._end():
+            return
+        if self._sampler:
+            self._sampler.abandon()
+        self._journal.abandon()
+        if self._shipping:
+            self._shipping.abandon()
+
+    def _end(self) -> bool:
+        """True where it had not ended yet."""
+        if self._closed or os.getpid() != self._process_id:
+            return False  # the second case: a forked child that leaves through sys.exit runs our atexit hook
+        self._closed = True
+        atexit.unregister(self.close)
+        return True
 
 
 def _set_aside(directory: Path) -> None:

@@ -13,9 +13,14 @@ def problems(config: PretrainConfig) -> list[str]:
     if saved.interval < 1:
         return ["spike.action=rollback needs checkpoints to go back to: set checkpoint.interval"]
     # At a step that finds a spike the oldest checkpoint kept lies at least keep_last - 1 intervals back.
-    back = spike.rollback_steps + spike.patience
+    back = reach(config)
     needed = 1 + math.ceil(back / saved.interval)
     if saved.keep_last >= needed:
         return []
     return [f"checkpoint.keep_last={saved.keep_last} of checkpoint.interval={saved.interval} steps does not reach the {back} steps back "
             f"that spike.rollback_steps and spike.patience ask for: set checkpoint.keep_last={needed}"]  # fmt: skip
+
+
+def reach(config: PretrainConfig) -> int:
+    """Steps between the end of a spike and the checkpoint that is gone back to; 0 without roll-backs."""
+    return config.spike.rollback_steps + config.spike.patience if config.spike.action == "rollback" else 0

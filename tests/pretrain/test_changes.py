@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pretrain.changes import FREE, IDENTITY, OF_THE_START, compare, problems
+from pretrain.changes import FREE, IDENTITY, OF_THE_START, compare, none, problems
 from pretrain.config import PretrainConfig, dump_yaml, flatten, parse, to_dict
 
 
@@ -46,11 +46,21 @@ def test_what_changes_the_training_must_be_asked_for(saved):
         compare(saved, _now(*CHANGES, "--allow_change", "train.steps,schedule"))
 
 
-def test_a_setting_that_came_later_is_no_change(saved):
+def test_a_setting_that_came_later_had_its_default(saved):
     content = saved.read_text()
     assert "clip: 1.0" in content
     saved.write_text(content.replace("  clip: 1.0\n", ""))
-    assert compare(saved, _now("--optimizer.clip", "0.5")) == []
+    assert compare(saved, _now()) == [] and none(saved, _now())
+    with pytest.raises(ValueError, match="optimizer.clip: 1.0 in the checkpoint, 0.5 now"):
+        compare(saved, _now("--optimizer.clip", "0.5"))
+    assert not none(saved, _now("--optimizer.clip", "0.5"))
+
+
+def test_what_decides_which_samples_a_roll_back_leaves_out_must_be_asked_for(saved):
+    changes = ["--spike.action", "rollback"]
+    with pytest.raises(ValueError, match="--allow_change spike.action$"):
+        compare(saved, _now(*changes))
+    assert compare(saved, _now(*changes, "--allow_change", "spike")) == ["changed: spike.action: warn in the checkpoint, rollback now"]
 
 
 def test_names_that_do_not_exist_are_told():
@@ -64,6 +74,8 @@ def test_what_never_changes_cannot_be_allowed_to():
         (told,) = problems(_now("--allow_change", f"{name},train.steps"))
         assert f"{name} is part of what the run is and never changes" in told
     assert problems(_now("--allow_change", "train,data,optimizer")) == []
+    for name in ("checkpoint", "data.path", "resume"):
+        assert f"{name} may change at any start: leave it out" in problems(_now("--allow_change", f"optimizer,{name}"))[0]
     assert "no effect with resume=never" in problems(_now("--allow_change", "train.steps", "--resume", "never"))[0]
 
 
@@ -72,4 +84,5 @@ def test_every_setting_is_of_one_kind():
     needs = {name for name in flatten(to_dict(PretrainConfig())) if not name.startswith(FREE + IDENTITY)} - set(OF_THE_START)
     fields = {f"optimizer.{field.name}" for field in dataclasses.fields(PretrainConfig().optimizer)}
     fields |= {f"schedule.{field.name}" for field in dataclasses.fields(PretrainConfig().schedule)}
+    fields |= {f"spike.{field.name}" for field in dataclasses.fields(PretrainConfig().spike)}
     assert needs == fields | {"train.steps"}

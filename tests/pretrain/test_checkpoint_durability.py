@@ -99,14 +99,17 @@ def test_a_process_killed_before_it_publishes_leaves_the_checkpoint_before(tmp_p
 
 
 def _look_for_it(rank: int, path: Path) -> list[str]:
+    from pretrain.progress import Progress
     from pretrain.resume import of_rank_0
 
-    told = []
+    progress, told = Progress(), []
     for find in (lambda: path.read_text(), lambda: {}["key"]):
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            of_rank_0(find)
+            of_rank_0(find, progress, "looking")
         told.append(f"{caught.type.__name__}: {caught.value}")
-    assert of_rank_0(lambda: rank) == 0
+    assert of_rank_0(lambda: rank, progress, "looking") == 0
+    # Rank 0 alone can take too long.
+    assert (progress.now.phase, progress.now.limited) == (("waiting for rank 0, looking", False) if rank else ("looking", True))
     return told
 
 
@@ -115,4 +118,4 @@ def test_what_keeps_rank_0_from_a_checkpoint_every_rank_raises(tmp_path):
     assert first == second
     # A disk is told of in words, a mistake of the program with its traceback.
     assert first[0].startswith("ValueError: ") and str(tmp_path) in first[0]
-    assert first[1].startswith("RuntimeError: rank 0 failed") and "KeyError: 'key'" in first[1] and "Traceback" in first[1]
+    assert first[1].startswith("RuntimeError: rank 0 failed looking:") and "KeyError: 'key'" in first[1] and "Traceback" in first[1]

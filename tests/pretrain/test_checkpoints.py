@@ -66,6 +66,24 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(directory):
     assert directory.warn == []
 
 
+def test_one_far_enough_back_is_kept_where_signals_have_asked_for_many(tmp_path):
+    directory = CheckpointDirectory(tmp_path, keep_last=2, reach=100)
+    seen = []
+    for step in (100, 110, 120, 130, 200, 210, 220, 300, 400):
+        _publish(directory, step)
+        seen.append([step_of(path) for path in directory.complete()])
+    assert seen[:4] == [[100], [100, 110], [100, 110, 120], [100, 120, 130]], "the oldest will be the first that is far enough"
+    assert seen[4:] == [[100, 130, 200], [100, 200, 210], [100, 210, 220], [100, 220, 300], [300, 400]]
+
+
+def test_those_not_to_be_looked_at_are_passed_over_and_reading_is_told(directory):
+    older, newer = _publish(directory, 5), _publish(directory, 10)
+    read = []
+    assert directory.newest(without=[newer], progress=read.append) == older
+    assert sum(read) == sum(path.stat().st_size for path in older.rglob("*") if path.is_file() and path.name != FILES_NAME)
+    assert directory.newest(without=[older, newer]) is None
+
+
 @pytest.mark.parametrize("keep_last", [1, 3])
 def test_keep_last_counts(tmp_path, keep_last):
     directory = CheckpointDirectory(tmp_path, keep_last=keep_last)

@@ -1,5 +1,6 @@
 """A rank that fails, dies or hangs: the others end soon, and what is said first is what happened."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 
 from pretrain.callbacks.signals import AGAIN_S
+from pretrain.lease import FOLDER, Owner
 from tests.pretrain.faults import Fault
-from tests.pretrain.forked import ForkedRun
+from tests.pretrain.forked import ForkedRun, _free_port
 from tests.pretrain.launch import TIMEOUT_S, TINY, started, training, wait_for_step
 
 ARGUMENTS = [
@@ -92,6 +94,57 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault,
         own = output.index(f"rank {fault.rank} (")
         assert own < output.index(f"rank {1 - fault.rank} (") and "; the others wait for this rank; its stack:" in output
         assert "in <lambda>" in output[own:] and "faults.py" in output[own:], "the stack shows where"
+
+
+@dataclass(frozen=True)
+class Silenced:
+    """A rank stands still, as with its machine gone under NCCL, and is given up soon."""
+
+    rank: int
+
+    def __call__(self, rank: int) -> None:
+        from pretrain import watchdog
+
+        watchdog.SILENCE_S, watchdog.MAX_TICK_S = 3.0, 0.5
+        Fault(self.rank, 4, "step", "stopped")(rank)
+
+
+@pytest.mark.parametrize("silent", [1, pytest.param(0, marks=pytest.mark.matrix)])
+def test_a_rank_without_a_sign_of_life_ends_the_others_long_before_a_hang_would(shards, tmp_path, silent):
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, "--train.hang_timeout_s", 1800]
+    with training(*arguments, before=Silenced(silent)) as process:
+        other = process.processes[1 - silent]
+        other.join(60)
+        assert other.exitcode == 1, process.output
+        told = f"rank {1 - silent}: ends in step 4: computing, there was no sign of life for 3 s from rank {silent} ("
+        assert told in process.output
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The run directory's last owner, on another machine, is watched for so long."""
+
+    patience_s: float
+
+    def __call__(self, rank: int) -> None:
+        import functools
+
+        import pretrain.run
+
+        pretrain.run.Lease = functools.partial(pretrain.run.Lease, interval_s=0.2, patience_s=self.patience_s)
+
+
+def test_what_may_take_its_time_is_no_hang(shards, tmp_path):
+    """The last owner of the directory is looked for, and a server that is down waited for, for longer than a step may take."""
+    run = tmp_path / "run"
+    (run / FOLDER).mkdir(parents=True)
+    (run / FOLDER / "000001.json").write_bytes(dataclasses.replace(Owner.here(), machine="elsewhere").encode())
+    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.steps", 2, "--train.hang_timeout_s", 3]
+    tracked = ["--tracking.enabled", "true", "--tracking.uri", f"http://127.0.0.1:{_free_port()}", "--tracking.drain_timeout_s", 5]
+    with training(*arguments, *tracked, before=Patient(5.0)) as process:
+        output, _ = process.communicate(TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert "which is gone: taking it over" in output and "MLflow does not take the metrics" in output and "no progress" not in output
 
 
 def _told(process: ForkedRun, text: str) -> None:

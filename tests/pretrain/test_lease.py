@@ -1,6 +1,8 @@
 """A run directory has one live owner, and only one process takes over from a dead one."""
 
 import dataclasses
+import errno
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain import processes
 from pretrain.lease import FOLDER, DirectoryInUse, Lease, LeaseLost, Owner
 from tests.distributed import run_distributed
 from tests.pretrain.launch import fail, losses, training, wait_for_step
@@ -68,7 +71,7 @@ def test_a_process_of_this_machine_that_is_gone_is_no_owner(tmp_path):
 
 def test_a_process_number_that_another_process_has_by_now_is_no_sign_of_life(tmp_path):
     here = Owner.here()
-    _leave(tmp_path, machine=here.machine, pid=os.getpid(), started=here.started - 1000)
+    _leave(tmp_path, machine=here.machine, pid=os.getpid(), started_ticks=here.started_ticks - 1000)
     lease = Lease(tmp_path, patience_s=1e6)
     lease.acquire(lambda text: None)
     lease.release()
@@ -172,6 +175,91 @@ def test_who_has_lost_the_directory_learns_of_it_and_leaves_it_alone(tmp_path, h
     assert how == "removed" or successor.exists()
 
 
+def test_who_looked_long_ago_takes_no_number_behind_the_present_owner(tmp_path):
+    """Between a look and the claim the dead owner's number may have been taken over and given up, several times."""
+    path = _leave(tmp_path, token="dead")
+    dead = Owner.decode(path.read_bytes())
+    first, late = _lease(tmp_path), _lease(tmp_path)
+    first.acquire(lambda text: None)
+    assert _files(tmp_path) == ["000002.json"]
+    assert not late._claim(0, None) and not late._claim(1, dead)
+    # Its number belongs to somebody else by now, who lives.
+    assert not late._claim(2, dead)
+    assert _files(tmp_path) == ["000002.json"]
+    first.check(now=True)
+    first.release()
+    assert not late._claim(1, dead), "the folder is gone with the owner"
+    late.acquire(lambda text: None)
+    late.release()
+
+
+def test_an_owner_that_changes_between_listing_and_reading_is_found(tmp_path, monkeypatch):
+    _leave(tmp_path)
+    lease, read = _lease(tmp_path), Lease._read
+
+    def overtaken(self, number):
+        if number == 1:
+            _leave(tmp_path, number=2, token="second")
+            (tmp_path / FOLDER / "000001.json").unlink()
+        return read(self, number)
+
+    monkeypatch.setattr(Lease, "_read", overtaken)
+    number, owner = lease.newest()
+    assert (number, owner.token) == (2, "second")
+
+
+def test_a_process_that_was_stopped_looks_before_it_believes_its_last_heartbeat(tmp_path):
+    lease = Lease(tmp_path, interval_s=1000)
+    lease.acquire(lambda text: None)
+    _leave(tmp_path, number=2)
+    lease.check()
+    lease._beaten -= 4000
+    with pytest.raises(LeaseLost, match="by process 4242 on node7"):
+        lease.check()
+    lease.release()
+
+
+def test_nothing_is_left_on_a_disk_without_room(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    lease = _lease(run)
+    with pytest.raises(OSError, match="No space left"):
+        lease.acquire(lambda text: None)
+    assert list((run / FOLDER).iterdir()) == []
+    lease.release()
+    assert not run.exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Quick:
+    """Heartbeats follow each other closely."""
+
+    def __call__(self, rank: int) -> None:
+        import pretrain.run
+
+        pretrain.run.Lease = functools.partial(Lease, interval_s=0.1)
+
+
+def test_a_run_that_has_lost_its_directory_writes_nothing_there_any_more(shards, tmp_path):
+    run = tmp_path / "run"
+    tracked = ["--tracking.enabled", "true", "--tracking.system_metrics", "true", "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    batch = ["--train.global_batch_size", 4, "--train.steps", 100_000, "--checkpoint.interval", 5]
+    with training("--data.path", shards, *batch, *tracked, "--output_dir", run, processes=1, before=Quick()) as process:
+        wait_for_step(process, run, 2)
+        _leave(run, number=2)
+        # The other run's.
+        (run / "run.json").write_text("of the other run")
+        output, _ = process.communicate(120)
+    assert process.returncode == 1 and "Traceback (most" not in output, output
+    assert f"error: {run} was taken from this process" in output and "by process 4242 on node7" in output
+    assert (run / "run.json").read_text() == "of the other run" and "000002.json" in _files(run)
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
 def test_a_heartbeat_is_seen_by_others(tmp_path):
     lease = _lease(tmp_path)
     lease.acquire(lambda text: None)
@@ -201,7 +289,7 @@ def test_a_second_run_in_the_same_directory_is_refused_and_the_first_goes_on(sha
 def test_a_process_that_nobody_has_waited_for_is_dead(tmp_path):
     """As in a container whose first process reaps none."""
     with subprocess.Popen(["sleep", "60"]) as process:
-        owner = dataclasses.replace(Owner.here(), pid=process.pid, started=psutil.Process(process.pid).create_time())
+        owner = dataclasses.replace(Owner.here(), pid=process.pid, started_ticks=processes.started(process.pid))
         assert owner.is_dead(Owner.here()) is False
         process.kill()
         _wait(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)

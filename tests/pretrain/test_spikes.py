@@ -1,21 +1,27 @@
 """Loss spikes: what is one, and how a run goes back before it and on behind its samples."""
 
+import dataclasses
 import itertools
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
+from pretrain import plan, rollback
+from pretrain.callbacks.batches import BatchFolder
 from pretrain.callbacks.spikes import observe
-from pretrain.config import PretrainConfig, SpikeConfig
-from pretrain.trainer import TrainerState
+from pretrain.checkpoint.directory import REMOVED, CheckpointDirectory
+from pretrain.config import PretrainConfig, SpikeConfig, parse
+from pretrain.trainer import StepReport, TrainerState
 from pretrain.validate import examine
 from tests.pretrain.killing import Watched, consumed
-from tests.pretrain.launch import TIMEOUT_S, journal, training
+from tests.pretrain.launch import TIMEOUT_S, TINY, journal, training
 from tests.pretrain.test_resume import tensors
 
 SETTINGS = SpikeConfig(window=16, threshold=6, min_increase=0.3, patience=3)
@@ -137,8 +143,8 @@ def _rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.matrix)])
-def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path, stage):
-    more = ["--zero.stage", stage, "--bitnet.enabled", "true", "--qsparse.keep", 0.5]
+def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was_broken(shards, tmp_path, stage, capsys):
+    more = ["--zero.stage", stage, "--bitnet.enabled", "true", "--qsparse.keep", 0.5, "--checkpoint.milestone_interval", 6]
     status, output = _start(tmp_path / "whole", shards, "rollback", *more, "--resume", "never")
     assert status == 0, output
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
@@ -156,8 +162,15 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
     broken = tmp_path / "broken"
     status, output = _start(broken, shards, "rollback", *more, kill=True)
     assert status == -9 and (broken / "run" / "rollbacks.json").exists(), output
+    arguments = [*TINY, "--data.path", shards, "--output_dir", broken / "run", *ARGUMENTS, "--spike.action", "rollback", *more]
+    assert plan.main([str(argument) for argument in arguments]) == 0
+    planned = capsys.readouterr().out
+    assert "goes on after step 10 of 20" in planned and "samples 80 to 119, up to the end of the loss spike, are left out" in planned
+    assert (broken / "run" / "checkpoints" / "step_00000012").exists(), "a plan changes nothing"
     status, output = _start(broken, shards, "rollback", *more)
     assert status == 0 and "rolled back to step 10" in output, output
+    tags = json.loads((broken / "run" / "run.json").read_text())["tags"]
+    assert tags["rollback.1"] == "before the spike from step 14 to step 10, and on with sample 120"
     again = broken / "run"
     assert _rows(again) == _rows(run)
     last = f"step_{STEPS:08d}"
@@ -176,7 +189,11 @@ def test_a_spike_is_told_or_the_end(shards, tmp_path, action):
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
     assert journal(tmp_path / "run")[-1]["step"] == (STEPS if action == "warn" else 15)
     if action == "stop":
-        assert status == 1 and "and spike.action=stop: lower optimizer.lr" in output and "Traceback (most" not in output
+        assert (
+            status == 1
+            and "or lower optimizer.lr; start again with --allow_change optimizer.lr" in output
+            and "Traceback (most" not in output
+        )
     else:
         assert status == 0
 
@@ -185,3 +202,38 @@ def test_a_run_that_spikes_again_and_again_stops_in_words(shards, tmp_path):
     status, output = _start(tmp_path, shards, "rollback", "--spike.max_rollbacks", 1, batches=(13, 14, 18, 19))
     assert status == 1 and "Traceback (most" not in output
     assert "error: loss spike in steps 14 to 15" in output and "after 1 roll-backs (spike.max_rollbacks): lower optimizer.lr" in output
+
+
+def _checkpoint(directory: CheckpointDirectory, step: int, rollbacks: int, kind: str = "step") -> Path:
+    partial = directory.begin(step, kind)
+    (partial / "trainer.json").write_text(
+        json.dumps({"numerics_version": 1, "identity": {}, "state": {"step": step, "rollbacks": rollbacks}, "format_version": 1})
+    )
+    return directory.publish(partial)
+
+
+def test_what_a_roll_back_gives_up(tmp_path):
+    directory = CheckpointDirectory(tmp_path, keep_last=9)
+    entries = [rollback.Entry(spike_begins=14, checkpoint_step=10, consumed_samples=120)]
+    kept = [_checkpoint(directory, 10, 0), _checkpoint(directory, 16, 1), _checkpoint(directory, 6, 0, "milestone")]
+    given_up = [_checkpoint(directory, 12, 0), _checkpoint(directory, 12, 0, "milestone")]
+    assert rollback.abandoned([], directory) == [] and rollback.abandoned(entries, directory) == given_up
+    assert directory.newest(without=given_up) == kept[1]
+    # Its removal broken off, it is not taken for one that was replaced and lost its successor.
+    given_up[0].rename(tmp_path / f"{given_up[0].name}.given-up.0123{REMOVED}")
+    _checkpoint(directory, 18, 1)
+    assert not list(tmp_path.glob(f"*{REMOVED}")) and not given_up[0].exists()
+
+
+def test_the_last_batches_are_kept(shards, tmp_path):
+    config = parse([*TINY, "--data.path", str(shards), "--output_dir", str(tmp_path), "--train.global_batch_size", "4"])
+    folder = BatchFolder(SimpleNamespace(config=config), "spikes")
+    for step in range(1, 14):
+        report = StepReport(step, SimpleNamespace(loss=1.0, grad_norm=2.0), 0.1, 0.1)
+        assert folder.keep(report, 4 * step).exists()
+    assert [path.name for path in sorted(folder.path.iterdir())] == [f"step_{step:08d}.npz" for step in range(4, 14)]
+    with np.load(folder.path / "step_00000013.npz") as kept:
+        assert kept["sample_ids"].shape == (4,) and kept["tokens"].shape == (4, 33)
+    # Other shards by now: told, and nothing half written stays.
+    config.data.path = str(tmp_path / "gone")
+    assert folder.keep(dataclasses.replace(report, step=14), 0) is None and len(list(folder.path.iterdir())) == 10
