@@ -70,7 +70,8 @@ class TrainConfig:
     not Adam's count; its samples count as consumed, and the learning rate goes on. No interval's checkpoint is written behind it."""
     hang_timeout_s: float = 1800.0
     """Seconds without progress (a micro-batch read, a step, a validation, a save) after which each rank says where it is, with its
-    stack, and the run ends with an error that names the ranks the others wait for; 0 waits for ever."""
+    stack, and the run ends with an error that names the ranks the others wait for. A rank without any sign of life for 45 s ends it
+    too. 0 waits for ever for either."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 
