@@ -24,16 +24,19 @@ CURRENT := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 PIP := $(if $(OFFLINE),PIP_CONFIG_FILE=/dev/null )$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(OFFLINE),--no-index --find-links "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-into-current wheelhouse prebuild quickstart test test-all test-py312 lint gpu-smoke bench clean
+.PHONY: help install install-into-current wheelhouse prebuild check-venv quickstart test test-all test-py312 lint gpu-smoke bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 install: $(VENV)/.installed ## create .venv with the project and its exact dependencies
 
-$(VENV)/.installed: setup.cfg constraints.txt tools/make_venv.sh
+$(VENV)/.installed: setup.cfg constraints.txt tools/make_venv.sh | check-venv
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" OFFLINE="$(OFFLINE)" bash tools/make_venv.sh $(VENV)
-	@touch $@
+	@if [ -n "$(TORCH_INDEX)" ] || [ ! -f $@ ]; then echo "$(TORCH_INDEX)" > $@; else touch $@; fi
+
+check-venv:
+	@bash tools/check_venv.sh $(VENV) "$(CURRENT)" "$(TORCH_INDEX)"
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing what the tests need"

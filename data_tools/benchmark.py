@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from data_tools.files import named_path
+
 MIN_BYTES = 64
 MAX_BYTES = 1_000_000
 
@@ -102,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_tools.benchmark", description="Throughput of tokenization and of the reader.")
     roots = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
     parser.add_argument(
-        "--roots", type=Path, nargs="+", default=roots, help="folders of .py files (default: site-packages and the standard library)"
+        "--roots", type=named_path, nargs="+", default=roots, help="folders of .py files (default: site-packages and the standard library)"
     )
     parser.add_argument("--megabytes", type=int, default=1000, help="of text (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="(default: %(default)s)")

@@ -10,12 +10,13 @@ import argparse
 import json
 import sys
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
 from data_tools.errors import DataError
+from data_tools.files import named_path
 
 EXAMPLE = """\
 from text to shards:
+from data_tools.files import named_path
   python -m data_tools corpus stdlib --output corpus.jsonl.zst
   python -m data_tools train-tokenizer --input corpus.jsonl.zst --vocab-size 8192 --output tokenizer/
   python -m data_tools tokenize --input corpus.jsonl.zst --tokenizer tokenizer/ --output shards/ --validation-fraction 0.01
@@ -55,22 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("corpus", help="write a corpus that needs no download")
     command.add_argument("name", choices=["stdlib"], help="stdlib: the Python standard library's sources and prose")
-    command.add_argument("--output", type=Path, required=True, help="file to write: .jsonl, .jsonl.gz or .jsonl.zst")
+    command.add_argument("--output", type=named_path, required=True, help="file to write: .jsonl, .jsonl.gz or .jsonl.zst")
     command.add_argument("--overwrite", action="store_true", help="replace an output of other content")
     command.set_defaults(run=run_corpus)
 
     command = commands.add_parser("train-tokenizer", help="train a byte-level BPE tokenizer")
     _add_input(command)
     command.add_argument("--vocab-size", type=int, default=8192, help="ids, special tokens included (default: %(default)s)")
-    command.add_argument("--output", type=Path, required=True, help="folder for tokenizer.json and its configuration")
+    command.add_argument("--output", type=named_path, required=True, help="folder for tokenizer.json and its configuration")
     command.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="more special tokens, after <|endoftext|>")
     command.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the output folder")
     command.set_defaults(run=run_train_tokenizer)
 
     command = commands.add_parser("tokenize", help="turn text into shards of tokens")
     _add_input(command)
-    command.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or the folder that holds it")
-    command.add_argument("--output", type=Path, required=True, help="folder for shards and manifest.json")
+    command.add_argument("--tokenizer", type=named_path, required=True, help="tokenizer.json, or the folder that holds it")
+    command.add_argument("--output", type=named_path, required=True, help="folder for shards and manifest.json")
     command.add_argument(
         "--validation-fraction",
         type=_fraction,
@@ -103,12 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_tokenize)
 
     command = commands.add_parser("verify", help="check every byte of a shards folder; exit status 1 names what is wrong")
-    command.add_argument("shards", type=Path, help="shards folder")
+    command.add_argument("shards", type=named_path, help="shards folder")
     command.add_argument("--workers", type=_positive, help="threads (default: all processors)")
     command.set_defaults(run=run_verify)
 
     command = commands.add_parser("inspect", help="show documents, or samples as the trainer sees them, as text")
-    command.add_argument("shards", type=Path, help="shards folder")
+    command.add_argument("shards", type=named_path, help="shards folder")
     command.add_argument("--split", default="train", choices=["train", "validation"], help="(default: %(default)s)")
     command.add_argument("--start", type=_not_negative, default=0, help="first document or sample (default: %(default)s)")
     command.add_argument("--count", type=_positive, default=3, help="how many (default: %(default)s)")
@@ -117,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_inspect)
 
     command = commands.add_parser("stats", help="the corpus as a table: documents, tokens, lengths, entropy, what was dropped")
-    command.add_argument("shards", type=Path, help="shards folder")
+    command.add_argument("shards", type=named_path, help="shards folder")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_stats)
     return parser
@@ -125,7 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_input(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="FILE", help="jsonl, txt, md, rst, parquet; .gz and .zst of all but parquet"
+        "--input",
+        type=named_path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="jsonl, txt, md, rst, parquet; .gz and .zst of all but parquet",
     )
     command.add_argument("--text-field", default="text", help="field of a jsonl object, or parquet column (default: %(default)s)")
     command.add_argument(
@@ -155,7 +161,8 @@ def _fraction(text: str) -> Decimal:
         value = Decimal(text)
     except InvalidOperation as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if not 0 <= value < 1:
+    # NaN compares with nothing.
+    if not value.is_finite() or not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
 

@@ -96,7 +96,14 @@ def open_sources(paths: list[Path]) -> list[Source]:
     sources = []
     for path in paths:
         if not path.is_file():
-            what = "is a folder, name its files (FOLDER/*.jsonl)" if path.is_dir() else "does not exist, check --input"
+            what = (
+                "is a folder, name its files (FOLDER/*.jsonl)"
+                if path.is_dir()
+                else "is no plain file"
+                if path.exists()
+                else "does not exist"
+            )
+            what += "" if path.is_dir() else ", check --input"
             raise DataError(f"input {path} {what}")
         if not os.access(path, os.R_OK):
             raise DataError(f"input {path} cannot be read: check its permissions")

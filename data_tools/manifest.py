@@ -84,6 +84,8 @@ class Manifest:
         version = content.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ManifestError(f"{path}: format_version is {version}, this release reads up to {FORMAT_VERSION}: upgrade megatron-qsparse")
+        if not isinstance(content.get("shards"), list):
+            raise ManifestError(f"{damaged} (field shards is missing or not a list)")
         content.pop("checksum", None)
         # The bytes are compared, not only the checksum: a flipped bit in white space is damage as well.
         if encode_manifest(content) != raw:

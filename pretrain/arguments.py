@@ -8,13 +8,13 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pretrain import settings
+from pretrain import settings, yaml_text
 from pretrain.config import ConfigurationError, PretrainConfig
 from pretrain.settings import Mistake
 
@@ -28,9 +28,10 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None, descriptio
 
 def make_parser(prog: str | None = None, description: str | None = None):
     """jsonargparse parser whose keys are the fields of PretrainConfig; to be used by `read`."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", yaml_text.load, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags override what it says, and so do later files")
     parser.add_class_arguments(PretrainConfig, nested_key=None)
@@ -50,11 +51,27 @@ def read(parser, args: Sequence[str] | None = None, more: Mapping[str, type] | N
         args, mistakes = _checked(args, dict(more or {}))
         if mistakes:
             raise ConfigurationError("\n".join(map(str, mistakes)))
+    added = [arg for arg in args if _is_added(_name_of(arg))]
     try:
-        return parser.instantiate(parser.parse_args(args))
+        values = parser.instantiate(parser.parse_args([arg for arg in args if arg not in added]))
     except argparse.ArgumentError as error:
         # Something that only jsonargparse knows of.
         raise ConfigurationError(" ".join(str(error).split())) from error
+    # jsonargparse would read them as YAML; a flag is text whatever it looks like.
+    for arg in added:
+        *sections, mapping, key = _name_of(arg).split(".")
+        getattr(reduce(getattr, sections, values), mapping)[key] = arg.partition("=")[2]
+    return values
+
+
+def _name_of(arg: str) -> str:
+    return arg.removeprefix("--").partition("=")[0]
+
+
+def _is_added(name: str) -> bool:
+    """Whether it is a name that the user adds to a mapping of texts (tracking.tags.NAME)."""
+    section = name.rpartition(".")[0]
+    return name not in settings.leaves(PretrainConfig) and settings.leaves(PretrainConfig).get(section) == dict[str, str]
 
 
 def to_config(values) -> PretrainConfig:
@@ -109,15 +126,13 @@ def _kind(name: str, more: Mapping[str, type]) -> Any:
 
 def _flag_mistakes(kind: Any, name: str, text: str) -> list[Mistake]:
     if kind is str:
-        # An added name is read as YAML.
-        read_as_text = name in settings.leaves(PretrainConfig) or not (text.startswith("{") or text.lower() in settings.NULLS)
-        return [] if read_as_text else [Mistake(f"{name}={settings.shown(text)}: text is needed: choose another one")]
+        return []
     if not dataclasses.is_dataclass(kind) and getattr(kind, "__origin__", None) not in (list, dict):
         # Nothing at all unsets nothing: that is `null`.
         wrong = settings.scalar_mistake(kind, text) or ("'': a value is needed" if not text else None)
         return [Mistake(f"{name}={wrong}")] if wrong else []
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml_text.compose(text)
     except yaml.YAMLError as error:
         return [Mistake(f"{name}={settings.shown(text)} is no YAML: {getattr(error, 'problem', None) or 'unreadable characters'}")]
     node = node or yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark(name, 0, 0, 0, None, None))

@@ -13,9 +13,9 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_tools.files import named_path
 from pretrain.quickstart import CONFIGS, RUNS, torchrun
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks among them (default: %(default)s)")
     parser.add_argument("--modes", action="store_true", help="compare groups, block, global and dense instead of the quickstart's models")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--output", type=named_path, help="also write the JSON to this file")
     options = parser.parse_args(args)
     if found := problems(options):
         parser.error("; ".join(found))

@@ -26,6 +26,7 @@ class Blackboard:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_S))
         self._store = dist.PrefixStore(PREFIX, store)
         self._asking: threading.Thread | None = None
+        self._gone = False
 
     def write(self, key: str, value: str) -> None:
         self._ask(lambda store: store.set(key, value))
@@ -50,7 +51,7 @@ class Blackboard:
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """The answer; None where there is none."""
-        if self._asking is not None and self._asking.is_alive():
+        if self._gone or (self._asking is not None and self._asking.is_alive()):
             return None
         answers = []
 
@@ -58,8 +59,8 @@ class Blackboard:
             try:
                 answers.append(question(self._store))
             except RuntimeError:
-                # The store is gone.
-                return
+                # Torch does not connect again, and prints a page at each further try.
+                self._gone = True
 
         self._asking = threading.Thread(target=ask, name="blackboard", daemon=True)
         self._asking.start()

@@ -233,6 +233,6 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_yaml(config: PretrainConfig) -> str:
     """What `--config` reads back."""
-    import yaml
+    from pretrain.yaml_text import dump
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return dump(to_dict(config))

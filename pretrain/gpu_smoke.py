@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from data_tools.files import named_path
 from pretrain.quickstart import CONFIGS, data_commands, torchrun
 
 RUNS = ("qsparse", "bitnet_qsparse")
@@ -22,7 +23,7 @@ TOLERANCE_NAT = 0.05
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.gpu_smoke", description=__doc__)
-    parser.add_argument("--output", type=Path, help="write the losses and differences to this JSON file")
+    parser.add_argument("--output", type=named_path, help="write the losses and differences to this JSON file")
     options = parser.parse_args(args)
 
     import torch

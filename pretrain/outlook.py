@@ -15,7 +15,9 @@ from pretrain.checkpoint.files import size
 from pretrain.config import PretrainConfig
 from pretrain.going_on import Beginning, beginning
 from pretrain.lease import Lease
-from pretrain.validation.spikes import reach
+from pretrain.run_directory import PROBE_BYTES
+from pretrain.tracking.record import RECORD_NAME, RunRecord
+from pretrain.validation import spikes
 
 GIB = 2**30
 
@@ -35,12 +37,14 @@ class Outlook:
 
 def look(config: PretrainConfig, model: ModelConfig, manifest: Manifest) -> Outlook:
     """model: resolved."""
-    found = Outlook([("directory", str(config.run_directory))])
+    found = Outlook([("directory", str(config.run_directory))], warnings=spikes.warnings(config))
     directory = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last, warn=found.warnings.append)
     changes: list[str] = []
     try:
         _look_at_owner(config, found)
         where = beginning(config, model, manifest, directory, changes.append, contents=False)
+        if where.checkpoint is not None and (config.run_directory / RECORD_NAME).exists():
+            RunRecord.load(config.run_directory)
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
         return found
@@ -81,7 +85,7 @@ def _look_at_disk(config: PretrainConfig, model: ModelConfig, where: Beginning, 
     """Of what is to come those bytes are there already that the checkpoints of now will make room for."""
     settings, precision, subln = config.checkpoint, config.train.precision, config.bitnet.subln
     # Besides the one being written, with roll-backs one far back that signals' checkpoints would have made way for.
-    copies, interval = settings.keep_last + 1 + bool(reach(config)), settings.milestone_interval
+    copies, interval = settings.keep_last + 1 + bool(spikes.reach(config)), settings.milestone_interval
     milestones = config.train.steps // interval - where.step // interval if interval else 0
     needed = copies * checkpoint_bytes(model, precision, subln) + milestones * checkpoint_bytes(model, precision, subln, weights_only=True)
     missing = max(0, needed - sum(map(size, directory.published())))
@@ -89,7 +93,9 @@ def _look_at_disk(config: PretrainConfig, model: ModelConfig, where: Beginning, 
     what = f"{copies} checkpoints" + (f" and {milestones} more milestones" if milestones else "")
     text = f"{missing / GIB:.3f} GiB more for {what}, {free / GIB:.3f} GiB are free"
     found.rows.append(("disk", text))
-    if missing > free:
+    if free < PROBE_BYTES:
+        found.problems.append(f"output_dir: {config.run_directory} lies on a disk without any room: free space there, or choose another")
+    elif missing > free:
         found.warnings.append(
             f"the disk of {config.run_directory} is too small: {text}; free space there, choose another output_dir, or lower "
             "checkpoint.keep_last" + (" or raise checkpoint.milestone_interval" if milestones else "")

@@ -16,6 +16,7 @@ from pretrain.tracking import DatasetInput, Tracker, collect_environment
 from pretrain.tracking.record import RunRecord, write_atomically
 from pretrain.trainer import TrainerState
 from pretrain.validate import Validated
+from pretrain.validation import spikes
 
 
 def start_tracking(validated: Validated, state: TrainerState, where: Beginning, say: Callable[[str], None]) -> Tracker:
@@ -41,6 +42,8 @@ def start_tracking(validated: Validated, state: TrainerState, where: Beginning, 
         f"{validated.data_parallel} data-parallel, {validated.num_micro_batches} micro-batches of {config.train.micro_batch_size} "
         f"samples each, {config.train.global_batch_size * config.data.sequence_length:,} tokens a step"
     )
+    for warning in spikes.warnings(config):
+        say(f"warning: {warning}")
     if where.weights:
         say(f"starting with the weights of {where.weights}")
     if where.checkpoint:
@@ -54,8 +57,8 @@ def start_tracking(validated: Validated, state: TrainerState, where: Beginning, 
 
 def _tags(directory: Path, where: Beginning) -> dict[str, Any]:
     tags = collect_environment() | ({"started_from": str(where.weights)} if where.weights else {})
-    for number, entry in enumerate(rollback.read(directory), start=1):
-        tags[f"rollback.{number}"] = (
+    for entry in rollback.read(directory):
+        tags[f"rollback.{entry.number}"] = (
             f"before the spike from step {entry.spike_begins} to step {entry.checkpoint_step}, and on with sample {entry.consumed_samples}"
         )
     return tags

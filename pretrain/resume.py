@@ -1,5 +1,6 @@
 """Puts a run where it begins: the newest checkpoint, the weights of `checkpoint.start_from`, or new weights (pretrain.going_on)."""
 
+import dataclasses
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ def load(engine: ZeroEngine, beginning: Beginning, directory: CheckpointDirector
 
     Raises ValueError where the stored state cannot be used: of another model, newer than this code, or not made by it.
     """
+    state = _state(beginning)
     if beginning.checkpoint is not None:
         if not checkpoint.load(engine, beginning.checkpoint / STATE_NAME) and dist.get_rank() == 0:
             directory.warn(
@@ -28,6 +30,18 @@ def load(engine: ZeroEngine, beginning: Beginning, directory: CheckpointDirector
             )
     elif beginning.weights is not None:
         checkpoint.load_weights(engine, beginning.weights / STATE_NAME)
+    return state
+
+
+def _state(beginning: Beginning) -> TrainerState:
+    known = {field.name: type(getattr(TrainerState(), field.name)) for field in dataclasses.fields(TrainerState)}
+    wrong = [
+        name
+        for name, value in beginning.state.items()
+        if not isinstance(value, {float: (int, float)}.get(known.get(name), known.get(name, ())))
+    ]
+    if wrong:
+        raise ValueError(f"{beginning.checkpoint}: trainer.json was not written by this project: its state has a wrong {', '.join(wrong)}")
     return TrainerState(**beginning.state)
 
 

@@ -1,6 +1,6 @@
 """Going back to a checkpoint from before a loss spike, and on from there behind the samples of the spike.
 
-RUN_DIR/rollbacks.json lists what was decided. It is written before anything else happens, and a checkpoint says how many of the
+RUN_DIR/rollbacks.json lists what was decided. It is written before anything else happens, and a checkpoint says which of the
 roll-backs it has seen (TrainerState.rollbacks): so a run that is killed at any moment of a roll-back, and one that does it within
 its processes, take the same way, `abandoned` and `apply` (pretrain.going_on), to the same state. Imports no torch.
 """
@@ -26,6 +26,8 @@ NAME = "rollbacks.json"
 class Entry:
     """One roll-back."""
 
+    number: int
+    """Counted from 1 over the whole run."""
     spike_begins: int
     """Step."""
     checkpoint_step: int
@@ -41,7 +43,7 @@ def read(run_directory: Path) -> list[Entry]:
         content = json.loads(path.read_text())
         if content["format_version"] > FORMAT_VERSION:
             raise ValueError(f"format {content['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads")
-        return [Entry(**entry) for entry in content["rollbacks"]]
+        return [Entry(**{"number": i} | entry) for i, entry in enumerate(content["rollbacks"], start=1)]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
@@ -54,10 +56,12 @@ def decide(config: PretrainConfig, directory: CheckpointDirectory, spike: "RollB
     Raises ValueError where there were enough roll-backs already, or where no checkpoint is old enough.
     """
     settings, entries = config.spike, read(config.run_directory)
-    if len(entries) >= settings.max_rollbacks:
+    # The list may have been lost.
+    before = max([spike.rollbacks, *(entry.number for entry in entries)])
+    if before >= settings.max_rollbacks:
         raise ValueError(
-            f"{spike}, after {len(entries)} roll-backs (spike.max_rollbacks): lower optimizer.lr, then start again with "
-            "--allow_change optimizer.lr"
+            f"{spike}, after {before} roll-backs (spike.max_rollbacks): lower optimizer.lr and raise spike.max_rollbacks, then start again "
+            "with --allow_change optimizer.lr,spike"
         )
     latest = spike.first_step - settings.rollback_steps
     old_enough = [path for path in directory.complete() if step_of(path) <= latest]
@@ -69,9 +73,9 @@ def decide(config: PretrainConfig, directory: CheckpointDirectory, spike: "RollB
             + "; lower spike.rollback_steps or checkpoint.interval, then start again with --allow_change spike"
         )
     step = step_of(old_enough[-1])
-    entries.append(Entry(spike_begins=spike.first_step, checkpoint_step=step, consumed_samples=spike.consumed_samples))
+    entries.append(Entry(number=before + 1, spike_begins=spike.first_step, checkpoint_step=step, consumed_samples=spike.consumed_samples))
     write_json(config.run_directory / NAME, {"format_version": FORMAT_VERSION, "rollbacks": [asdict(entry) for entry in entries]})
-    return f"roll-back {len(entries)} of at most {settings.max_rollbacks}: going back to step {step}"
+    return f"roll-back {before + 1} of at most {settings.max_rollbacks}: going back to step {step}"
 
 
 def abandoned(entries: list[Entry], directory: CheckpointDirectory) -> list[Path]:
@@ -101,11 +105,11 @@ def apply(entries: list[Entry], state: dict[str, Any]) -> tuple[dict[str, Any], 
         f"rolled back to step {state['step']}: samples {state['consumed_samples']:,} to {skipped_to - 1:,}, up to the end of the loss "
         "spike, are left out"
     )
-    return state | {"consumed_samples": skipped_to, "rollbacks": len(entries)}, told
+    return state | {"consumed_samples": skipped_to, "rollbacks": unseen[-1].number}, told
 
 
 def _unseen(entries: list[Entry], state: dict[str, Any]) -> list[Entry]:
-    return entries[state.get("rollbacks", 0) :]
+    return [entry for entry in entries if entry.number > state.get("rollbacks", 0)]
 
 
 def forget(run_directory: Path) -> None:

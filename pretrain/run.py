@@ -64,8 +64,8 @@ def run(validated: Validated, progress: Progress) -> int:
     watchdog = Watchdog(progress, hang)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
-        _refusing(lambda: own(lease, _say, progress.renew), progress, "taking the run directory")
-        _train(validated, device, lease, watchdog)
+        owner = _refusing(lambda: own(lease, _say, progress.renew), progress, "taking the run directory")
+        _train(validated, device, lease, owner, watchdog)
     except (Refused, Stopped):
         raise
     except Exception as error:
@@ -87,10 +87,10 @@ def _refusing(action: Callable[[], Any], progress: Progress, doing: str) -> Any:
         raise Refused(str(error)) from error
 
 
-def _train(validated: Validated, device: torch.device, lease: Lease | None, watchdog: Watchdog) -> None:
+def _train(validated: Validated, device: torch.device, lease: Lease | None, owner: str, watchdog: Watchdog) -> None:
     config, progress = validated.config, watchdog.progress
     signals = StopOnSignal(device, watchdog)
-    checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last, reach=reach(config))
+    checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last, reach=reach(config), owner=owner)
     where = _refusing(lambda: _find(validated, checkpoints, progress), progress, LOOKING)
     progress.enter("building the model")
     engine = build_engine(validated, device)

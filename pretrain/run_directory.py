@@ -12,8 +12,8 @@ PROBE_BYTES = 64 << 10
 """More than the files that a run begins with."""
 WRITTEN = (
     "config.yaml", "run.json", "metrics.jsonl", "metrics.discarded.jsonl", "system.jsonl", "shipped.json", "run_id", "rollbacks.json",
-    "checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner",
 )  # fmt: skip
+FOLDERS = ("checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner")
 """What a run writes in its directory, and what must be writable where it is there already."""
 
 
@@ -28,7 +28,10 @@ def problems(directory: Path, field: str = "output_dir") -> list[str]:
             found = found.parent
     except OSError as error:
         return [_refusal(directory, _text(error), field)]
-    here = [found / name for name in WRITTEN] if found == directory.absolute() else []
+    here = [found / name for name in (*WRITTEN, *FOLDERS)] if found == directory.absolute() else []
+    for path in here:
+        if os.path.lexists(path) and path.is_dir() != (path.name in FOLDERS):
+            return [_refusal(directory, f"{path} is {'a folder' if path.is_dir() else 'no folder'}, which a run needs otherwise", field)]
     for path in (found, *here):
         mode = os.W_OK | (os.X_OK if path.is_dir() else 0)
         # Looked for last: another run may just have removed it.
@@ -38,8 +41,11 @@ def problems(directory: Path, field: str = "output_dir") -> list[str]:
     return []
 
 
-def own(lease: Lease, say: Callable[[str], None], waiting: Callable[[], None] = lambda: None) -> None:
-    """Acquire the lease, and write for trial. waiting: called now and then meanwhile. Raises ValueError where either cannot be."""
+def own(lease: Lease, say: Callable[[str], None], waiting: Callable[[], None] = lambda: None) -> str:
+    """Acquire the lease, and write for trial; returns the owner's token. waiting: called now and then meanwhile.
+
+    Raises ValueError where either cannot be.
+    """
     with writing(lease.directory):
         lease.acquire(say, waiting)
         probe = lease.directory / f".probe.{secrets.token_hex(4)}"
@@ -50,6 +56,7 @@ def own(lease: Lease, say: Callable[[str], None], waiting: Callable[[], None] = 
                 os.fsync(file.fileno())
         finally:
             probe.unlink(missing_ok=True)
+    return lease.owner.token
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ be and what goes together is told by `pretrain.validate`.
 import dataclasses
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Iterator
@@ -18,13 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-INTEGER = re.compile(r"[+-]?(0|[1-9](_?[0-9]){0,18})")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-NOT_FINITE = re.compile(r"[+-]?\.?(inf|infinity|nan)", re.IGNORECASE)
-BOOLEANS = ("true", "false", "yes", "no", "on", "off")
-NULLS = ("null", "~", "")
-MERGE = "tag:yaml.org,2002:merge"
-"""The key `<<` of YAML, whose value is another mapping."""
+from pretrain.yaml_text import BOOLEANS, INTEGER, MERGE, NOT_FINITE, NULLS, NUMBER, compose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +69,7 @@ def shown(text: str) -> str:
 def scalar_mistake(kind: Any, text: str, plain: bool = True) -> str | None:
     """What is wrong with a value that is not a list or mapping, or None. plain: it stands without quotes."""
     optional, kind = _optional(kind)
-    if optional and plain and text.lower() in NULLS:
+    if optional and plain and text in NULLS:
         return None
     needed = None
     if typing.get_origin(kind) is Literal:
@@ -85,7 +78,7 @@ def scalar_mistake(kind: Any, text: str, plain: bool = True) -> str | None:
             close = get_close_matches(text.lower(), choices, n=1)
             needed = f"choose one of {', '.join(choices)}{f'; did you mean {close[0]}?' if close else ''}"
     elif kind is bool:
-        needed = None if text.lower() in BOOLEANS else "true or false is needed"
+        needed = None if text in BOOLEANS else "true or false is needed"
     elif kind is int:
         needed = None if INTEGER.fullmatch(text) else "an integer is needed"
     elif kind is float:
@@ -94,9 +87,9 @@ def scalar_mistake(kind: Any, text: str, plain: bool = True) -> str | None:
         elif not NUMBER.fullmatch(text):
             needed = "a number is needed"
     elif kind is str:
-        if plain and text.lower() in NULLS:
+        if plain and text in NULLS:
             needed = "text is needed: write '' for none"
-        elif plain and (text.lower() in BOOLEANS or NUMBER.fullmatch(text) or INTEGER.fullmatch(text)):
+        elif plain and (text in BOOLEANS or NUMBER.fullmatch(text) or INTEGER.fullmatch(text)):
             needed = f"text is needed: write '{text}', in quotes"
     else:
         needed = f"{_wanted(kind)} is needed"
@@ -149,7 +142,7 @@ def file_mistakes(kind: type, path: Path, name: str, settings: type) -> Iterator
         yield Mistake(what, file=path)
         return
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = compose(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(filter(None, (error.context, error.problem))) or str(error)
@@ -192,6 +185,9 @@ def _mapping_mistakes(kind: type, node: yaml.MappingNode, name: str, settings: t
         elif name and name not in {item.name for item in dataclasses.fields(settings)}:
             # In an element of a list: no setting of its own.
             yield Mistake(f"{name} has no field {shown(written)}: choose from {', '.join(fields)}", line)
+        elif full in leaves(settings):
+            section, _, field = full.rpartition(".")
+            yield Mistake(f"{full} is written with dots: write `{field}: ...` below `{section}:`", line)
         else:
             yield Mistake(unknown(full, settings), line)
     for item in dataclasses.fields(kind):
@@ -229,7 +225,7 @@ def _example(kind: type) -> str:
 def _found(node: yaml.Node) -> str:
     match node:
         case yaml.ScalarNode():
-            return "nothing" if node.style is None and node.value.lower() in NULLS else shown(node.value)
+            return "nothing" if node.style is None and node.value in NULLS else shown(node.value)
         case yaml.SequenceNode():
             return "a list"
     return "a mapping"

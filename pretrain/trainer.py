@@ -33,7 +33,7 @@ class TrainerState:
     high_losses: int = 0
     """Steps in a row up to now whose loss is too high."""
     rollbacks: int = 0
-    """Of the run so far (pretrain.rollback)."""
+    """Number of the last one (pretrain.rollback)."""
     flops: float = 0.0
     """Training FLOPs spent so far."""
     activated_flops: float = 0.0
@@ -64,12 +64,12 @@ class Stopped(RuntimeError):
 class RollBack(RuntimeError):
     """Training must go back before a loss spike; raised on every rank alike.
 
-    first_step: of the spike. consumed_samples: up to its end, where training goes on.
+    first_step: of the spike. consumed_samples: up to its end, where training goes on. rollbacks: that there were before.
     """
 
-    def __init__(self, message: str, first_step: int, consumed_samples: int):
+    def __init__(self, message: str, first_step: int, consumed_samples: int, rollbacks: int):
         super().__init__(message)
-        self.first_step, self.consumed_samples = first_step, consumed_samples
+        self.first_step, self.consumed_samples, self.rollbacks = first_step, consumed_samples, rollbacks
 
 
 class Callback:

@@ -28,6 +28,7 @@ from tools.packages import (
     is_protected,
     parse_version,
     pins,
+    present_otherwise,
     requirements,
 )
 from tools.pip_calls import OLDEST, Pip, Resolution, errors
@@ -129,7 +130,8 @@ def find_plan(pip: Pip, before: dict[str, Installed]) -> Plan:
 
     Raises Refused, in pip's words, where nothing fits beside the protected packages.
     """
-    required = requirements()
+    there = present_otherwise(before)
+    required = {name: one for name, one in requirements().items() if name not in there}
     # pip knows no version that is not one by PEP 440, and leaves such a package alone.
     held = {name: package.version for name, package in before.items() if is_protected(name) and parse_version(package.version)}
     # What is here and fits stays as it is, tested or not.

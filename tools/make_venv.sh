@@ -12,8 +12,9 @@ check_python "$python"
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   # The default build of torch brings several GB of CUDA packages.
   needed_mib=$([ -n "${TORCH_INDEX:-}" ] && echo 3000 || echo 4000)
-  free_mib=$(df -Pm . | awk 'NR == 2 {print $4}')
-  [ "$free_mib" -ge "$needed_mib" ] || fail "$free_mib MiB free in $PWD, $needed_mib are needed (12 GB with a CUDA build of torch): free some space"
+  mkdir -p "$venv"
+  free_mib=$(df -Pm "$venv" | awk 'NR == 2 {print $4}')
+  [ "$free_mib" -ge "$needed_mib" ] || fail "$free_mib MiB free in $venv, $needed_mib are needed (12 GB with a CUDA build of torch): free some space"
   echo "creating $venv with $("$python" -V)"
   "$python" -m venv --clear "$venv"
 fi

@@ -24,6 +24,8 @@ PROTECTED = {
     "torch-tensorrt": "compiled against this torch",
     "triton": "its version belongs to torch's",
     "pytorch-triton*": "triton under another name",
+    "triton-rocm": "triton under another name",
+    "triton-xpu": "triton under another name",
     "transformer-engine*": "compiled against this torch and CUDA",
     "flash-attn*": "compiled against this torch and CUDA",
     "xformers": "compiled against this torch and CUDA",
@@ -38,6 +40,9 @@ PROTECTED = {
 }
 """Packages by name pattern that an installation into somebody's environment leaves alone, and why."""
 
+OTHER_NAMES = {"triton": ("pytorch-triton*", "triton-rocm", "triton-xpu")}
+"""Packages that bring the files of another one: that one is there with them, and would write over them."""
+
 STACKS = ("megatron-core", "deepspeed")
 """What other training code of an environment is built on: replaced in nobody's environment."""
 
@@ -49,6 +54,12 @@ def canonical(name: str) -> str:
 
 def is_protected(name: str) -> bool:
     return any(fnmatch.fnmatchcase(canonical(name), pattern) for pattern in PROTECTED)
+
+
+def present_otherwise(before: Iterable[str]) -> set[str]:
+    """Packages that an environment with these names has under another one."""
+    here = {canonical(name) for name in before}
+    return {name for name, others in OTHER_NAMES.items() if any(fnmatch.filter(here, pattern) for pattern in others)} - here
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:

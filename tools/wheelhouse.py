@@ -70,26 +70,37 @@ def make(folder: Path, torch_index: str = "") -> None:
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` once the block is through. Raises Unusable where that would destroy something."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = folder.absolute()
+    if os.path.lexists(folder) and not _is_wheelhouse(folder):
         raise Unusable(f"{folder} exists and is no wheelhouse: name another folder with WHEELHOUSE=DIR")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of a name that nothing else has.
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise Unusable(f"{partial}: {error.strerror}: name another folder with WHEELHOUSE=DIR") from error
+        raise Unusable(f"{folder}: {error.strerror}: name another folder with WHEELHOUSE=DIR") from error
     try:
+        partial = scratch / "new"
+        partial.mkdir()
         yield partial
         if folder.exists():
-            old = folder.with_name(f"{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-            os.rename(partial, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, folder)
+            os.rename(folder, scratch / "old")
+        os.rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_wheelhouse(folder: Path) -> bool:
+    """Whether it holds nothing but what `make` wrote; an empty folder is one as well."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return True
+    try:
+        return names <= {MANIFEST, *_read(folder)["files"]}
+    except (Unusable, KeyError, TypeError):
+        return False
 
 
 def finish(partial: Path, beside: dict[str, str], shown: Path) -> None:

@@ -151,16 +151,24 @@ class SaveCheckpoints(Callback):
     def _output(self, step: int, kind: Kind, record: TrainerRecord) -> Output:
         partial = self.directory.partial(step, kind)
 
+        def prepare() -> None:
+            self._check_lease()
+            self.directory.begin(step, kind)
+
         def publish(files: dict[str, FileRecord]) -> None:
-            if self.lease is not None:
-                self.lease.check(now=True)
+            self._check_lease()
             record.write(partial, self.run.config)
             self.directory.publish(partial, {f"{STATE_NAME}/{name}": file for name, file in files.items()})
 
         return Output(
             directory=partial / STATE_NAME, weights_only=kind == "milestone",
-            prepare=lambda: self.directory.begin(step, kind), publish=publish, discard=lambda: shutil.rmtree(partial),
+            prepare=prepare, publish=publish, discard=lambda: shutil.rmtree(partial),
         )  # fmt: skip
+
+    def _check_lease(self) -> None:
+        """Raises LeaseLost where the checkpoints are another process's by now."""
+        if self.lease is not None:
+            self.lease.check(now=True)
 
 
 def _is_due(step: int, interval: int) -> bool:

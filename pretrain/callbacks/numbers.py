@@ -40,5 +40,5 @@ class WatchNumbers(Callback):
             report.failure = Stopped(
                 f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, the last one {told}: look at the "
                 f"batches in {self.batches.path}, or lower optimizer.lr and start again with --allow_change optimizer.lr; checkpoints from "
-                "before are still there"
+                "before are as they were"
             )

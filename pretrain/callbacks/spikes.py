@@ -50,11 +50,11 @@ class WatchSpikes(Callback):
             print(f"warning: {told}; batches are in {self.batches.path}", flush=True)
         if settings.action == "stop":
             report.failure = Stopped(
-                f"{told}, and spike.action=stop: look at the batches in {self.batches.path}, or lower optimizer.lr; start again with "
-                "--allow_change optimizer.lr"
+                f"{told}, and spike.action=stop: look at the batches in {self.batches.path}; lower optimizer.lr, or set "
+                "spike.action to warn or rollback, and start again with --allow_change optimizer.lr,spike"
             )
         elif settings.action == "rollback":
-            report.failure = RollBack(told, first, state.consumed_samples)
+            report.failure = RollBack(told, first, state.consumed_samples, state.rollbacks)
 
 
 def observe(state: TrainerState, loss: float, settings: SpikeConfig) -> float | None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from data_tools.files import named_path
 from pretrain.quickstart import torchrun
 
 WARM_UP_STEPS = 3
@@ -29,7 +30,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=12, help="of 512 wide, 3.9 M parameters each (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step on each rank (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--folder", type=Path, help="where to write the checkpoints, which are removed again (default: a temporary one)")
+    parser.add_argument(
+        "--folder", type=named_path, help="where to write the checkpoints, which are removed again (default: a temporary one)"
+    )
     options = parser.parse_args(args)
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")

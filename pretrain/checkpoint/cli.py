@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.files import named_path
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
@@ -35,23 +37,23 @@ def build_parser() -> argparse.ArgumentParser:
     where = "run directory, its checkpoints/ folder, or one checkpoint"
 
     command = commands.add_parser("verify", help="compare every file with its checksum; exit status 1 names the damaged ones")
-    command.add_argument("directory", type=Path, help=where)
+    command.add_argument("directory", type=named_path, help=where)
     command.set_defaults(run=run_verify)
 
     command = commands.add_parser("list", help="steps, dates, sizes, and whether all files are there")
-    command.add_argument("directory", type=Path, help=where)
+    command.add_argument("directory", type=named_path, help=where)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_list)
 
     command = commands.add_parser("show", help="what a checkpoint holds: run, sparsity, layout, tensors")
-    command.add_argument("directory", type=Path, help=f"{where}; of several the newest complete one")
+    command.add_argument("directory", type=named_path, help=f"{where}; of several the newest complete one")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_show)
 
     command = commands.add_parser(
         "prune", help="remove old complete checkpoints once those that stay are verified; milestones only if asked; or the one named"
     )
-    command.add_argument("directory", type=Path, help="run directory, its checkpoints/ folder, or the one checkpoint to remove")
+    command.add_argument("directory", type=named_path, help="run directory, its checkpoints/ folder, or the one checkpoint to remove")
     command.add_argument("--keep-last", type=_count, metavar="N", help="complete checkpoints to keep, at least 1")
     command.add_argument("--milestones", action="store_true", help="prune the milestones instead, all but the last N")
     command.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -60,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1: the newest checkpoint is always kept")
     return value
@@ -142,11 +147,11 @@ def run_show(options: argparse.Namespace) -> int:
 
 
 def run_prune(options: argparse.Namespace) -> int:
-    from pretrain.checkpoint.directory import CheckpointDirectory, kind_of
+    from pretrain.checkpoint.directory import CheckpointDirectory, is_one
     from pretrain.checkpoint.inspection import checkpoints_directory
 
     named = options.directory.resolve()
-    if kind_of(named) is not None and named.is_dir():
+    if is_one(named):
         if options.keep_last is not None or options.milestones:
             raise ValueError(f"{options.directory} is one checkpoint, which goes by itself: leave out --keep-last and --milestones")
         return _prune_one(named, options.dry_run)
@@ -174,11 +179,17 @@ def _prune_one(checkpoint: Path, dry_run: bool) -> int:
     from pretrain.checkpoint.directory import CheckpointDirectory, kind_of
     from pretrain.checkpoint.files import damage
 
-    if kind_of(checkpoint) == "step" and damage(checkpoint) is None:
+    if kind_of(checkpoint) == "step":
         others = [other for other in CheckpointDirectory(checkpoint.parent, keep_last=1).complete() if other != checkpoint]
-        if not others:
+        problem = damage(checkpoint)
+        if not others and problem is None:
             raise ValueError(f"{checkpoint} is the only complete checkpoint of its run: nothing was removed")
-        if problems := _verified(others[-1:]).get(others[-1], ["it was removed meanwhile"]):
+        if not others:
+            # It may only be newer than this version, or not to be read from here.
+            raise ValueError(
+                f"{checkpoint} is not complete ({problem}), but no other one is: nothing was removed; see what can be restored"
+            )
+        if problem is None and (problems := _verified(others[-1:]).get(others[-1], ["it was removed meanwhile"])):
             raise ValueError(f"{others[-1]} would be what a run goes on from and is damaged ({problems[0]}): nothing was removed")
     _remove(checkpoint, dry_run)
     return 0

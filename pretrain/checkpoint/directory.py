@@ -17,6 +17,8 @@ from pretrain.checkpoint.files import Record, damage, seal
 
 Kind = Literal["step", "milestone"]
 KINDS: tuple[Kind, ...] = ("step", "milestone")
+DIGITS = 8
+"""Of the step in a name, at least."""
 PARTIAL = ".partial"
 REMOVED = ".removed"
 """Behind the name of one that is being removed, or of what could not be removed."""
@@ -29,19 +31,21 @@ STATE_NAME = "state"
 class CheckpointDirectory:
     """The checkpoints of one run. warn: receives a sentence for everything unusual.
 
+    owner: part of the names of what is being written: a process that has lost the run without knowing must not write into its
+    successor's files.
     reach: in steps; one checkpoint at least as far back is kept besides the last `keep_last`, 0 for none. Those that signals ask for
     lie closer together than the interval says.
     """
 
     def __init__(
         self, path: Path, keep_last: int, warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr),
-        reach: int = 0,
+        reach: int = 0, owner: str = "",
     ):  # fmt: skip
-        self.path, self.keep_last, self.warn, self.reach = path, keep_last, warn, reach
+        self.path, self.keep_last, self.warn, self.reach, self.owner = path, keep_last, warn, reach, owner
 
     def partial(self, step: int, kind: Kind = "step") -> Path:
         """Where the checkpoint of a step is written before it is published."""
-        return self.path / f"{kind}_{step:08d}{PARTIAL}"
+        return self.path / f"{kind}_{step:0{DIGITS}d}{'.' if self.owner else ''}{self.owner}{PARTIAL}"
 
     def begin(self, step: int, kind: Kind = "step") -> Path:
         """A new empty directory to write into; what interrupted saves left of it, and of other steps, is removed.
@@ -69,7 +73,7 @@ class CheckpointDirectory:
         is not published; what cannot be removed afterwards is only warned of.
         """
         seal(partial, written or {})
-        final = partial.with_name(partial.name.removesuffix(PARTIAL))
+        final = partial.with_name(partial.name.partition(".")[0])
         replaced = _set_aside(final) if final.exists() else None
         try:
             partial.rename(final)
@@ -171,7 +175,12 @@ def _set_aside(checkpoint: Path, mark: str = "") -> Path:
 def kind_of(path: Path) -> Kind | None:
     """What a published checkpoint is by its name; None where it is none."""
     kind, _, number = path.name.partition("_")
-    return next((known for known in KINDS if known == kind and number.isdigit()), None)
+    return next((known for known in KINDS if known == kind and number.isdecimal() and len(number) >= DIGITS), None)
+
+
+def is_one(path: Path) -> bool:
+    """Whether a path that somebody names is a checkpoint; not a run directory that is called like one."""
+    return kind_of(path) is not None and path.is_dir() and not (path / "checkpoints").exists()
 
 
 def step_of(path: Path) -> int:

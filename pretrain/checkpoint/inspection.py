@@ -9,7 +9,7 @@ from typing import Any
 from megatron_qsparse.parallel.metadata import read_contents
 from pretrain.checkpoint import files
 from pretrain.checkpoint.content import CONFIG_NAME, TrainerRecord, read_settings
-from pretrain.checkpoint.directory import KINDS, PARTIAL, REMOVED, STATE_NAME, CheckpointDirectory, kind_of, step_of
+from pretrain.checkpoint.directory import KINDS, PARTIAL, REMOVED, STATE_NAME, CheckpointDirectory, is_one, kind_of, step_of
 
 
 class NoCheckpoint(ValueError):
@@ -45,7 +45,7 @@ def checkpoints_directory(path: Path) -> Path:
 def checkpoints(path: Path) -> list[Path]:
     """The checkpoint at this path, or all published ones below it, milestones last. Raises NoCheckpoint."""
     path = path.resolve()
-    if kind_of(path) is not None and path.is_dir():
+    if is_one(path):
         return [path]
     directory = CheckpointDirectory(checkpoints_directory(path), keep_last=1)
     found = [checkpoint for kind in KINDS for checkpoint in directory.published(kind)]
@@ -67,17 +67,17 @@ def one_checkpoint(path: Path, warn: Callable[[str], None] = lambda text: None) 
             return checkpoint
         if checkpoint == path.resolve():
             raise NoCheckpoint(f"{path} is damaged: {damage}: choose another checkpoint, or copy this one again")
-        warn(f"{checkpoint} is newer and damaged ({damage})")
+        warn(f"{checkpoint} is damaged ({damage}); looking for the one before it")
     raise NoCheckpoint(f"{path}: every checkpoint is damaged; see `python -m pretrain.checkpoint verify {path}`")
 
 
 def summaries(path: Path) -> list[Summary]:
     """Of all checkpoints at or below the path, unfinished ones included; by step."""
     path = path.resolve()
-    found = list(checkpoints(path)) if kind_of(path) else [child for child in checkpoints_directory(path).iterdir() if child.is_dir()]
+    found = list(checkpoints(path)) if is_one(path) else [child for child in checkpoints_directory(path).iterdir() if child.is_dir()]
     known = [child for child in found if kind_of(_published_name(child))]
     summaries = sorted(filter(None, map(_summary, known)), key=lambda summary: (summary.step, summary.name))
-    newest = resume_point(path.parent if kind_of(path) else checkpoints_directory(path))
+    newest = resume_point(path.parent if is_one(path) else checkpoints_directory(path))
     return [replace(summary, resume_point=newest is not None and summary.name == newest.name) for summary in summaries]
 
 

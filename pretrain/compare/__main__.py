@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_tools.files import named_path
+
 FORMAT_VERSION = 1
 
 
@@ -23,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.compare", description="Compare runs, of directories or of an MLflow experiment."
     )
-    parser.add_argument("directories", nargs="*", type=Path, metavar="RUN_DIR", help="run directories (output_dir); needs no MLflow")
+    parser.add_argument("directories", nargs="*", type=named_path, metavar="RUN_DIR", help="run directories (output_dir); needs no MLflow")
     parser.add_argument("--experiment", help="MLflow experiment that holds the runs, or further ones")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")
+    parser.add_argument("--output", type=named_path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")
     parser.add_argument("--uri", default="", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     parser.add_argument("--runs", nargs="+", metavar="NAME", help="of the experiment's runs those with these names (default: all)")
     parser.add_argument("--baseline", metavar="NAME", help="run the gaps refer to (default: the dense one, keep 1.0 without BitNet)")
@@ -37,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name run directories, or an MLflow experiment with --experiment")
     if options.runs and options.experiment is None:
         parser.error("--runs chooses among the runs of an MLflow experiment: name it with --experiment")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output {options.output} is a file: name a folder")
+    if options.require_under_unigram is not None and not math.isfinite(options.require_under_unigram):
+        parser.error("--require-under-unigram must be a finite number")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     from pretrain.compare.load import ComparisonError

@@ -13,6 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
+from data_tools.files import named_path
 from pretrain.tracking.record import RunRecord
 from pretrain.tracking.shipper import RUN_ID_NAME, Shipper
 from pretrain.tracking.state import METRICS_NAME, ShippingState, count_points, unshipped_points
@@ -27,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     sync.add_argument("--uri", default="", help="MLflow tracking URI (default: the one the run was started with)")
     status = commands.add_parser("status", help="show shipped and unshipped points")
     for command in (sync, status):
-        command.add_argument("run_directories", nargs="+", type=Path, metavar="RUN_DIR", help="directory with run.json and metrics.jsonl")
+        command.add_argument(
+            "run_directories", nargs="+", type=named_path, metavar="RUN_DIR", help="directory with run.json and metrics.jsonl"
+        )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.command == "status":
@@ -44,7 +47,15 @@ def ship(directory: Path, uri: str) -> bool:
     """Ship one run directory, print the outcome in a line; False when something is left."""
     errors = shipping_errors()
     try:
-        target = resolve_uri(uri or RunRecord.load(directory).uri)
+        record = RunRecord.load(directory)
+    except FileNotFoundError as error:
+        print(f"{directory}: no tracked run here ({error.filename} is missing)", file=sys.stderr)
+        return False
+    except (OSError, ValueError) as error:
+        print(f"{directory}: not shipped: {error}", file=sys.stderr)
+        return False
+    try:
+        target = resolve_uri(uri or record.uri)
         if problem := validate_uri(target):
             print(f"{directory}: {problem}", file=sys.stderr)
             return False
@@ -53,9 +64,6 @@ def ship(directory: Path, uri: str) -> bool:
             points = shipper.ship()
         finally:
             shipper.close()
-    except FileNotFoundError as error:
-        print(f"{directory}: no tracked run here ({error.filename} is missing)", file=sys.stderr)
-        return False
     except errors as error:
         print(f"{directory}: not shipped: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return False
@@ -74,7 +82,12 @@ def show(directory: Path) -> bool:
     run_id = (directory / RUN_ID_NAME).read_text().strip() if (directory / RUN_ID_NAME).exists() else "none yet"
     state = ShippingState.load(directory)
     shipped = "shipped" if state.status == record.status else "not shipped"
-    columns = (f"{record.status} ({shipped})", f"{total:,} metric points", f"{waiting:,} points unshipped", f"run {run_id}")
+    columns = (
+        f"{record.status} ({shipped})",
+        f"{total:,} metric points",
+        f"{waiting:,} points unshipped, the system's included",
+        f"run {run_id}",
+    )
     print(f"{directory}: {' | '.join(columns)} | {state.uri or record.uri}")
     return True
 

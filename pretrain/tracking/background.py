@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 PASS_INTERVAL_S = 1.0
 LONGEST_PAUSE_S = 60.0
 CLOSING_PAUSE_S = 0.5
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Of the run directory's disk."""
 PREVIOUS_NAME = "previous"
 """Folder of a run directory that keeps what runs before the present one have left there."""
 
@@ -63,13 +66,15 @@ class ShippingThread(threading.Thread):
                 self._shipper.ship()
                 self.complete = closing and self._shipper.is_complete()
             except self._errors as error:
-                if not outage:
+                if not outage and isinstance(error, OSError) and error.errno in FULL:
+                    logger.warning("%s cannot be written (%s): metrics are shipped later, training goes on", self._run_directory, error)
+                elif not outage:
                     logger.warning("MLflow does not take the metrics (%s): they stay in the journal, training goes on", brief(error))
                 pause = min(LONGEST_PAUSE_S, 2 * pause) if outage else PASS_INTERVAL_S
                 outage = True
             else:
                 if outage:
-                    logger.warning("MLflow takes the metrics again")
+                    logger.warning("metrics are shipped again")
                 pause, outage = PASS_INTERVAL_S, False
             if self._shipper.place and not announced:
                 self._announce()

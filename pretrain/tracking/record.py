@@ -69,6 +69,8 @@ class RunRecord:
     artifacts: list[Artifact] = field(default_factory=list)
     journal_bytes_at_resume: list[int] = field(default_factory=list)
     """One entry a resume: the size metrics.jsonl was cut to. Shipping goes back to it if it was further."""
+    directory: str = ""
+    """Where the last session found the run directory, absolute."""
 
     @classmethod
     def load(cls, run_directory: Path) -> RunRecord:
@@ -88,7 +90,18 @@ class RunRecord:
             fields["artifacts"] = [Artifact(**item) for item in fields["artifacts"]]
             return cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path} cannot be read ({error}): restore it, or move it away, and the next start writes it anew") from error
+
+    def original(self, directory: Path) -> Path | None:
+        """The run directory that this one, which is there as well, is a copy of."""
+        there = Path(self.directory)
+        try:
+            if self.directory and there != directory and not there.samefile(directory) and RunRecord.load(there).key == self.key:
+                return there
+        except (OSError, ValueError):
+            # Moved, not copied.
+            pass
+        return None
 
     def save(self, run_directory: Path) -> None:
         """Write RUN_DIR/run.json (beside, fsync, rename)."""
@@ -141,8 +154,8 @@ class RunRecord:
         self.status, self.ended_ms = status, ended_ms
 
     def description_digest(self) -> str:
-        """Changes whenever parameters, tags or data sets do."""
-        described = {"params": self.params, "tags": self.tags, "datasets": [asdict(item) for item in self.datasets]}
+        """Changes whenever name, parameters, tags or data sets do."""
+        described = {"name": self.run_name, "params": self.params, "tags": self.tags, "datasets": [asdict(item) for item in self.datasets]}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def _keep(self, path: Path, directory: Path, mark: str) -> None:

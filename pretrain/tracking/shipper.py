@@ -204,10 +204,17 @@ class Shipper:
         return self._first_points
 
     def _ship_description(self, run_id: str, record: RunRecord) -> None:
+        from mlflow.entities import RunTag
+
         digest = record.description_digest()
         if self._state.description == digest:
             return
+        self._client.update_run(run_id, name=record.run_name)
         params, tags = params_of(record), tags_of(record)
+        # Parameters can be written once. They differ where run.json was lost and begun anew: those of then stay, as at a resume.
+        known = self._client.get_run(run_id).data.params
+        tags += [RunTag(f"resume.0.{param.key}", param.value) for param in params if known.get(param.key, param.value) != param.value]
+        params = [param for param in params if param.key not in known]
         for start in range(0, len(params), PAIRS_PER_REQUEST):
             self._client.log_batch(run_id, params=params[start : start + PAIRS_PER_REQUEST])
         for start in range(0, len(tags), PAIRS_PER_REQUEST):
@@ -230,6 +237,10 @@ class Shipper:
     def _ship_artifacts(self, run_id: str, record: RunRecord) -> None:
         for artifact in record.artifacts:
             if artifact.name not in self._state.artifacts and self._keep_going():
-                self._client.log_artifact(run_id, str(self.run_directory / ARTIFACTS_NAME / artifact.name))
+                path = self.run_directory / ARTIFACTS_NAME / artifact.name
+                if path.exists():
+                    self._client.log_artifact(run_id, str(path))
+                else:
+                    logger.warning("%s is missing: MLflow will not have it", path)
                 self._state.artifacts.append(artifact.name)
                 self._state.save(self.run_directory)

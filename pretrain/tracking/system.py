@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class SystemSampler:
         self._psutil = psutil
         self._journal = Journal(path)
         self._interval_s = interval_s
-        self._next = 1 + max((decode_line(line)["step"] for line, _ in iterate_lines(path, 0)), default=-1)
+        self._next = 1 + max(_numbers(path), default=-1)
         self._stop = threading.Event()
         self._gpus = _open_gpus()
         self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
@@ -75,6 +77,13 @@ class SystemSampler:
             self._next += 1
             if self._stop.wait(self._interval_s):
                 return
+
+
+def _numbers(path: Path) -> Iterator[int]:
+    """Of the samples that are there; damaged lines stay where they are, as in the other journal."""
+    for line, _ in iterate_lines(path, 0):
+        with suppress(ValueError):
+            yield decode_line(line)["step"]
 
 
 def _network(psutil: Any) -> tuple[int, int]:

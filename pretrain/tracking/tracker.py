@@ -119,14 +119,21 @@ class Tracker:
             record.begin(params, tags, datasets, artifacts, self._directory)
         else:
             size = truncate_after(metrics_path, resumed_from_step)
+            if resumed_from_step and not size:
+                logger.warning("%s holds nothing up to step %d any more: only MLflow knows these steps", metrics_path, resumed_from_step)
             if (self._directory / RECORD_NAME).exists():
                 record = RunRecord.load(self._directory)
                 record.uri = uri
+                _part_from_original(record, self._directory, tags)
+                record.run_name = config.run_name or record.run_name
+                if config.experiment != record.experiment:
+                    logger.warning("tracking.experiment=%s: the run stays in %s, where it was begun", config.experiment, record.experiment)
                 record.resume(params, tags, datasets, artifacts, self._directory, resumed_from_step, size)
             else:
                 # Without the record nobody knows where the journal was cut before: ship all of it again.
                 (self._directory / STATE_NAME).unlink(missing_ok=True)
                 record.begin(params, tags, datasets, artifacts, self._directory)
+        record.directory = str(self._directory)
         record.save(self._directory)
         self.is_new_run = first_step(metrics_path) != 0 and (resumed_from_step == 0 or not record.journal_bytes_at_resume)
         self._record = record
@@ -196,6 +203,18 @@ class Tracker:
         return True
 
 
+def _part_from_original(record: RunRecord, directory: Path, tags: dict[str, Any]) -> None:
+    """A copy of a run directory that goes on beside its original is another run in MLflow: both would write the same steps."""
+    original = record.original(directory)
+    if original is None:
+        return
+    for name in (RUN_ID_NAME, STATE_NAME):
+        (directory / name).unlink(missing_ok=True)
+    record.key, record.run_name = RunRecord(experiment="", run_name="", uri="").key, directory.name
+    tags["copied_from"] = str(original)
+    logger.warning("%s is a copy of %s: it goes on as another run in MLflow", directory, original)
+
+
 def _set_aside(directory: Path) -> None:
     """Move an earlier run's tracking files to previous/N, its run id included; shipping goes on there.
 
@@ -205,7 +224,8 @@ def _set_aside(directory: Path) -> None:
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:
         return
-    number = 1 + sum(1 for _ in (directory / PREVIOUS_NAME).glob("*"))
+    # Any of them may have been removed meanwhile.
+    number = 1 + max((int(path.name) for path in (directory / PREVIOUS_NAME).glob("*") if path.name.isdecimal()), default=0)
     target = directory / PREVIOUS_NAME / str(number)
     target.mkdir(parents=True)
     for path in found:

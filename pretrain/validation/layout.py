@@ -78,13 +78,18 @@ def projection_problems(config: PretrainConfig, model: ModelConfig) -> list[str]
     """What keeps the linears' inputs from being sparse, or from being quantized, as the settings say."""
     widths, tensor = projection_widths(model), config.parallel.tensor
     found = sparsity_problems(config.qsparse, config.bitnet, widths, model.num_layers, tensor) if tensor > 0 else []
-    if found or max(widths.values()) <= MAX_INPUTS:
+    if found or max(widths.values()) <= MAX_INPUTS and not config.train.check_codes:
         return found
-    # Projections by layers: only where some width is too large to begin with.
+    # Projections by layers: only where it matters.
+    layers = range(model.num_layers)
+    quantized = {
+        projection: any(resolve(i, len(layers), projection, width, config.qsparse, config.bitnet).quantized for i in layers)
+        for projection, width in widths.items()
+    }
+    if config.train.check_codes and not any(quantized.values()):
+        found.append("train.check_codes=true has no effect without quantized projections: set bitnet.enabled=true, or leave it out")
     for projection, width in widths.items():
-        layers = range(model.num_layers)
-        quantized = any(resolve(i, len(layers), projection, width, config.qsparse, config.bitnet).quantized for i in layers)
-        if quantized and width > MAX_INPUTS:
+        if quantized[projection] and width > MAX_INPUTS:
             found.append(f"bitnet.enabled=true: {projection} has {width} input features, but sums of codes are exact up to "
                          f"{MAX_INPUTS} only: lower the width, or exempt it in qsparse.recipe (bitnet: false)")  # fmt: skip
     return found

@@ -24,3 +24,12 @@ def problems(config: PretrainConfig) -> list[str]:
 def reach(config: PretrainConfig) -> int:
     """Steps between the end of a spike and the checkpoint that is gone back to; 0 without roll-backs."""
     return config.spike.rollback_steps + config.spike.patience if config.spike.action == "rollback" else 0
+
+
+def warnings(config: PretrainConfig) -> list[str]:
+    """What works, and not as its user may believe."""
+    spike, defaults = config.spike, type(config.spike)()
+    given = [name for name in ("rollback_steps", "max_rollbacks") if getattr(spike, name) != getattr(defaults, name)]
+    if spike.action in ("rollback", "off"):
+        return []
+    return [f"spike.{name}={getattr(spike, name)} has no effect with spike.action={spike.action}: nothing is rolled back" for name in given]

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_qsparse.parallel.metadata import METADATA_NAME, read_contents, read_metadata
+from pretrain.yaml_text import Loader
 from tests import malice
 from tests.parallel.helpers import gather, layout
 from tests.parallel.training import Case, make_engine, take_step
@@ -92,6 +94,29 @@ def test_what_is_stored_otherwise_than_the_contents_say_is_refused_in_words(pool
         assert len(errors) == 3 and all(error.startswith(f"{state / file} cannot be read (") for error in errors), errors
 
 
+def test_what_describes_a_state_wrongly_is_refused_in_words(pool, whole, tmp_path):
+    def common(**changes: object):
+        return lambda state: torch.save(torch.load(state / "common.pt") | changes, state / "common.pt")
+
+    harms = {
+        "version": (common(format_version="x"), "tells neither a format version nor Adam's step count"),
+        "step": (common(adam_step=None), "tells neither a format version nor Adam's step count"),
+        "key": (lambda state: (state / "metadata.json").write_text('{"other": 1}'), "its metadata.json cannot be read"),
+        "json": (lambda state: (state / "metadata.json").write_text("{"), "its metadata.json cannot be read"),
+    }
+    states = []
+    for name, (harm, _) in harms.items():
+        states.append(Path(shutil.copytree(whole[0], tmp_path / name)))
+        harm(states[-1])
+    # The generators of a layout that is not told start anew.
+    states.append(Path(shutil.copytree(whole[0], tmp_path / "layout")))
+    common(layout={"world_size": 1})(states[-1])
+    *told, fine = pool.run(_try, 1, states)[0]
+    for (_, words), found in zip(harms.values(), told, strict=True):
+        assert len(found) == 3 and all(words in text for text in found), (words, found)
+    assert fine == []
+
+
 def _load_pickled_generators(rank: int, state: Path) -> dict:
     from megatron_qsparse.parallel import checkpoint
 
@@ -167,5 +192,7 @@ def test_nothing_that_is_shipped_reads_files_otherwise():
     root = Path(__file__).parents[2]
     sources = [path for package in ("megatron_qsparse", "pretrain", "data_tools") for path in (root / package).rglob("*.py")]
     lines = [(path, line) for path in sources for line in path.read_text().splitlines() if UNSAFE.search(line)]
-    # The one that is our own reader's.
-    assert [line.strip() for _, line in lines] == ["self._metadata = self._files.read_metadata()"] and len(sources) > 100
+    # Those that are our own readers'.
+    ours = {"self._metadata = self._files.read_metadata()", "return yaml.load(text, Loader=Loader)"}
+    assert {line.strip() for _, line in lines} == ours and len(lines) == 2 and len(sources) > 100
+    assert issubclass(Loader, yaml.SafeLoader) and Loader.yaml_constructors is yaml.SafeLoader.yaml_constructors

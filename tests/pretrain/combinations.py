@@ -249,6 +249,12 @@ def rollback(draw) -> Case:
 
 
 @st.composite
+def without_effect(draw) -> Case:
+    """Of something that is not on: who sets it believes that it is."""
+    return Case({"train.check_codes": True, "qsparse.keep": draw(st.sampled_from([0.4, 1.0]))}, ("train.check_codes", "no effect"))
+
+
+@st.composite
 def typing_error(draw) -> Case:
     """A letter too many, too few, or two of them exchanged; in the section or in the name."""
     name = draw(st.sampled_from(sorted(LEAVES)))
@@ -262,5 +268,5 @@ def typing_error(draw) -> Case:
 COMBINATIONS = [
     batch, processes, tensor_parallel, query_groups, heads, pipeline, interleaving, zero, sequence_parallel, experts, no_experts, warmup,
     stable_then_decay, two_stages, other_schedules, floor_of_the_rate, groups, blocks, n_of_m, other_modes, dense_after_all, vocabulary,
-    too_little_data, wide_codes, resumption, rollback, typing_error,
+    too_little_data, wide_codes, resumption, rollback, without_effect, typing_error,
 ]  # fmt: skip

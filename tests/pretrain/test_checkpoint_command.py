@@ -139,7 +139,7 @@ def test_show_takes_the_newest_that_is_complete(run, capsys):
         (run / "checkpoints" / name / "config.yaml").unlink()
     status, out, err = call(capsys, "show", run, "--json")
     assert status == 0 and json.loads(out)["state"]["step"] == 4
-    assert "step_00000006 is newer and damaged (config.yaml is missing)" in err and "milestone_00000006 is newer and damaged" in err
+    assert "step_00000006 is damaged (config.yaml is missing)" in err and "milestone_00000006 is damaged" in err
 
 
 def test_prune_keeps_the_last_and_the_milestones(run, capsys):
@@ -173,6 +173,24 @@ def test_prune_of_one_checkpoint(run, capsys):
     status, _, err = call(capsys, "prune", newest)
     assert status == 2 and "is the only complete checkpoint of its run" in err
     assert call(capsys, "prune", older)[0] == 0 and sorted(p.name for p in checkpoints.iterdir()) == ["milestone_00000006", newest.name]
+
+
+def test_a_run_that_is_called_like_a_checkpoint_is_none(run, capsys):
+    for name in ("milestone_2", "step_00000004"):
+        twin = run.parent / name
+        shutil.copytree(run, twin)
+        status, _, err = call(capsys, "prune", twin)
+        assert status == 2 and "--keep-last N is missing" in err and (twin / "metrics.jsonl").exists()
+        assert len(call(capsys, "list", twin)[1].splitlines()) == 5, "a head and all of them"
+
+
+def test_the_last_one_stays_where_it_is_only_newer_than_this_version(run, capsys):
+    checkpoints = run / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000004")
+    path = checkpoints / "step_00000006" / "files.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9'))
+    status, _, err = call(capsys, "prune", path.parent)
+    assert status == 2 and "format 9 is newer" in err and "nothing was removed" in err and path.exists()
 
 
 def test_what_is_no_list_of_files_is_named_with_the_remedy(run, capsys):

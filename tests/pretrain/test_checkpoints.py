@@ -76,6 +76,15 @@ def test_one_far_enough_back_is_kept_where_signals_have_asked_for_many(tmp_path)
     assert seen[4:] == [[100, 130, 200], [100, 200, 210], [100, 210, 220], [100, 220, 300], [300, 400]]
 
 
+def test_who_has_lost_the_run_unknowingly_does_not_write_into_its_successors_checkpoint(tmp_path):
+    lost, present = (CheckpointDirectory(tmp_path, keep_last=2, owner=owner) for owner in ("aa", "bb"))
+    theirs = lost.begin(10)
+    ours = present.begin(10)
+    assert ours != theirs and not theirs.exists(), "what is left of others is removed"
+    (ours / "state" / "part_0.bin").write_text("weights")
+    assert present.publish(ours).name == "step_00000010" == present.newest().name
+
+
 def test_those_not_to_be_looked_at_are_passed_over_and_reading_is_told(directory):
     older, newer = _publish(directory, 5), _publish(directory, 10)
     read = []

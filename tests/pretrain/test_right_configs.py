@@ -15,6 +15,7 @@ from tests.pretrain.combinations import EXPERTS
 
 SPARSE = {"qsparse.keep": 0.4}
 TENSOR, PIPELINE, ALL_FOUR = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, 4
+ROLLBACK = {"spike.action": "rollback", "checkpoint.interval": 100, "checkpoint.keep_last": 3}
 Changes = dict[str, object]
 
 RIGHT: dict[str, list] = {
@@ -44,11 +45,13 @@ RIGHT: dict[str, list] = {
     "data.path": [], "data.sequence_length": [1, 33, 64], "data.window_shards": [1, 1000], "data.workers": [1, 16],
     "train.steps": [1, 10**6, 2**31 - 1], "train.seed": [1, 1234567890123456789], "train.micro_batch_size": [1, 2, 4],
     "train.global_batch_size": [1, 3, 8], "train.precision": ["bf16", "fp32"], "train.deterministic": [True], "train.recompute": [True],
-    "train.check_codes": [True], "train.max_skipped_steps": [1, 1000], "train.log_interval": [1, 10**6],
+    "train.check_codes": [{"train.check_codes": True, "bitnet.enabled": True}],
+    "train.max_skipped_steps": [1, 1000], "train.log_interval": [1, 10**6],
     "train.hang_timeout_s": [0, 0.5, 86400],
-    "spike.action": ["off", "warn", "stop", {"spike.action": "rollback", "checkpoint.interval": 100, "checkpoint.keep_last": 3}],
+    "spike.action": ["off", "warn", "stop", ROLLBACK],
     "spike.window": [8, 1000], "spike.threshold": [0.5, 1e6], "spike.min_increase": [0, 10], "spike.patience": [1, 100],
-    "spike.rollback_steps": [0, 10**6], "spike.max_rollbacks": [1, 100],
+    "spike.rollback_steps": [ROLLBACK | {"spike.rollback_steps": 0}, 10**6],
+    "spike.max_rollbacks": [ROLLBACK | {"spike.max_rollbacks": number} for number in (1, 100)],
     "optimizer.lr": [0, 1e-5, 1.0], "optimizer.beta1": [0, 0.999], "optimizer.beta2": [0, 0.9999], "optimizer.eps": [1e-15, 1e-6],
     "optimizer.weight_decay": [0, 1], "optimizer.clip": [0, 0.5, 1000],
     "schedule.kind": ["cosine", "linear", "polynomial"], "schedule.warmup_steps": [1, 1000], "schedule.min_lr": [1e-5, 3e-4],
@@ -69,19 +72,49 @@ RIGHT: dict[str, list] = {
 """field -> values that work with the rest of the base configuration, or whole changes, or (changes, processes)."""
 
 
-def _problems(shards: Path, name: str, right: object) -> list[str]:
+def _problems(shards: Path, name: str, right: object, file: Path | None) -> list[str]:
     changes, world_size = right if isinstance(right, tuple) else (right, 1)
     if not (isinstance(changes, dict) and name in changes):
         changes = {name: changes}
     settings = {**wrong.base(str(shards)), **changes}
     args = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    if file is not None:
+        # Words as people write them, without quotes.
+        plain = {key: wrong.Raw(value) if isinstance(value, str) and value.isidentifier() else value for key, value in settings.items()}
+        file.write_text(wrong.as_yaml(plain))
+        args = ["--config", str(file)]
     return examine(parse(args), world_size)[0]
 
 
-def test_values_that_work_are_accepted(shards):
+@pytest.mark.parametrize("in_file", [False, True])
+def test_values_that_work_are_accepted(shards, tmp_path, in_file):
+    file = tmp_path / "run.yaml" if in_file else None
     assert set(RIGHT) == set(wrong.LEAVES), "a new field needs values that work here, and some that do not in wrong.py"
-    refused = {f"{name}: {right}": found for name, rights in RIGHT.items() for right in rights if (found := _problems(shards, name, right))}
+    refused = {
+        f"{name}: {right}": found for name, rights in RIGHT.items() for right in rights if (found := _problems(shards, name, right, file))
+    }
     assert refused == {}
+
+
+def test_plain_words_of_a_file_are_what_they_look_like(tmp_path):
+    """PyYAML's words for false, numbers to the base of 60, dates."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "spike: {action: off}\ntracking: {run_name: 12:30:00, tags: {0x10: b, y: no, d: 2024-01-01, n: '1'}}\n"
+        "train: {steps: 1_000, deterministic: True}\noptimizer: {lr: +.5}\nschedule: {min_lr: 1e-5}\n"
+    )
+    config = parse(["--config", str(file), "--tracking.tags.note", "ablation: keep 0.4", "--tracking.tags.n=5", "--tracking.tags.e="])
+    assert (config.spike.action, config.tracking.run_name, config.train.steps, config.train.deterministic) == (
+        "off",
+        "12:30:00",
+        1000,
+        True,
+    )
+    assert (config.optimizer.lr, config.schedule.min_lr) == (0.5, 1e-5)
+    assert config.tracking.tags == {"0x10": "b", "y": "no", "d": "2024-01-01", "n": "5", "note": "ablation: keep 0.4", "e": ""}
+    config.tracking.run_name, config.tracking.experiment = "1e5", "off"
+    file.write_text(dump_yaml(config))
+    assert parse(["--config", str(file)]) == config
 
 
 def test_the_base_of_all_wrong_configurations_is_right(shards, tmp_path):

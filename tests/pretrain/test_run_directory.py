@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -59,9 +61,9 @@ def test_a_read_only_file_system_is_refused_before_anything_starts(shards, tmp_p
         assert f"problem: {message.removeprefix('error: ').strip()}" in run("pretrain.plan", *arguments).stdout
 
 
-def _refused_by_both(shards: Path, directory: Path) -> str:
+def _refused_by_both(shards: Path, directory: Path, before: Callable[[int], None] | None = None) -> str:
     """What is told, once both ranks have ended by themselves."""
-    with training("--data.path", shards, *BATCH, "--output_dir", directory) as run:
+    with training("--data.path", shards, *BATCH, "--output_dir", directory, before=before) as run:
         for process in run.processes:
             process.join(TIMEOUT_S)
         assert [process.exitcode for process in run.processes] == [2, 2], run.output
@@ -80,7 +82,27 @@ def test_a_full_disk_is_refused_by_all_ranks_before_the_model_is_built(shards, t
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
+@dataclass(frozen=True)
+class InTheWay:
+    """A folder takes the place of config.yaml after everything was looked at."""
+
+    path: Path
+
+    def __call__(self, rank: int) -> None:
+        import pretrain.run
+
+        start = pretrain.run.start_tracking
+        pretrain.run.start_tracking = lambda *args: (self.path.mkdir(), start(*args))[1]
+
+
 def test_what_fails_when_the_run_begins_to_write_ends_all_ranks(shards, tmp_path):
-    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
-    line = _refused_by_both(shards, tmp_path / "run")
-    assert f"cannot be written (Is a directory: {tmp_path / 'run' / 'config.yaml'})" in line
+    path = tmp_path / "run" / "config.yaml"
+    line = _refused_by_both(shards, tmp_path / "run", InTheWay(path))
+    assert f"cannot be written (Is a directory: {path})" in line
+
+
+@pytest.mark.parametrize(("name", "make"), [("checkpoints", Path.touch), ("metrics.jsonl", Path.mkdir)])
+def test_what_is_of_another_kind_than_a_run_needs_is_told_before_it_starts(tmp_path, name, make):
+    make(tmp_path / name)
+    [told] = problems(tmp_path)
+    assert f"{tmp_path / name} is {'no folder' if name == 'checkpoints' else 'a folder'}, which a run needs otherwise" in told

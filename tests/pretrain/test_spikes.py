@@ -18,7 +18,7 @@ from pretrain.callbacks.batches import BatchFolder
 from pretrain.callbacks.spikes import observe
 from pretrain.checkpoint.directory import REMOVED, CheckpointDirectory
 from pretrain.config import PretrainConfig, SpikeConfig, parse
-from pretrain.trainer import StepReport, TrainerState
+from pretrain.trainer import RollBack, StepReport, TrainerState
 from pretrain.validate import examine
 from tests.pretrain.killing import Watched, consumed
 from tests.pretrain.launch import TIMEOUT_S, TINY, journal, training
@@ -187,13 +187,11 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
 def test_a_spike_is_told_or_the_end(shards, tmp_path, action):
     status, output = _start(tmp_path, shards, action)
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
+    assert f"warning: spike.rollback_steps=4 has no effect with spike.action={action}: nothing is rolled back" in output
     assert journal(tmp_path / "run")[-1]["step"] == (STEPS if action == "warn" else 15)
     if action == "stop":
-        assert (
-            status == 1
-            and "or lower optimizer.lr; start again with --allow_change optimizer.lr" in output
-            and "Traceback (most" not in output
-        )
+        assert status == 1 and "Traceback (most" not in output
+        assert "and spike.action=stop" in output and "start again with --allow_change optimizer.lr,spike" in output
     else:
         assert status == 0
 
@@ -201,7 +199,10 @@ def test_a_spike_is_told_or_the_end(shards, tmp_path, action):
 def test_a_run_that_spikes_again_and_again_stops_in_words(shards, tmp_path):
     status, output = _start(tmp_path, shards, "rollback", "--spike.max_rollbacks", 1, batches=(13, 14, 18, 19))
     assert status == 1 and "Traceback (most" not in output
-    assert "error: loss spike in steps 14 to 15" in output and "after 1 roll-backs (spike.max_rollbacks): lower optimizer.lr" in output
+    assert (
+        "error: loss spike in steps 14 to 15" in output
+        and "after 1 roll-backs (spike.max_rollbacks): lower optimizer.lr and raise" in output
+    )
 
 
 def _checkpoint(directory: CheckpointDirectory, step: int, rollbacks: int, kind: str = "step") -> Path:
@@ -214,7 +215,7 @@ def _checkpoint(directory: CheckpointDirectory, step: int, rollbacks: int, kind:
 
 def test_what_a_roll_back_gives_up(tmp_path):
     directory = CheckpointDirectory(tmp_path, keep_last=9)
-    entries = [rollback.Entry(spike_begins=14, checkpoint_step=10, consumed_samples=120)]
+    entries = [rollback.Entry(number=1, spike_begins=14, checkpoint_step=10, consumed_samples=120)]
     kept = [_checkpoint(directory, 10, 0), _checkpoint(directory, 16, 1), _checkpoint(directory, 6, 0, "milestone")]
     given_up = [_checkpoint(directory, 12, 0), _checkpoint(directory, 12, 0, "milestone")]
     assert rollback.abandoned([], directory) == [] and rollback.abandoned(entries, directory) == given_up
@@ -237,3 +238,15 @@ def test_the_last_batches_are_kept(shards, tmp_path):
     # Other shards by now: told, and nothing half written stays.
     config.data.path = str(tmp_path / "gone")
     assert folder.keep(dataclasses.replace(report, step=14), 0) is None and len(list(folder.path.iterdir())) == 10
+
+
+def test_the_numbers_go_on_where_the_list_was_lost(tmp_path):
+    config = PretrainConfig(output_dir=str(tmp_path), spike=SpikeConfig(action="rollback", rollback_steps=2))
+    directory = CheckpointDirectory(tmp_path / "checkpoints", keep_last=9)
+    _checkpoint(directory, 10, 2)
+    assert rollback.decide(config, directory, RollBack("spike", 14, 120, rollbacks=2)) == "roll-back 3 of at most 3: going back to step 10"
+    state, told = rollback.apply(rollback.read(tmp_path), {"step": 10, "consumed_samples": 80, "rollbacks": 2})
+    assert state == {"step": 10, "consumed_samples": 120, "rollbacks": 3} and "samples 80 to 119" in told
+    assert rollback.apply(rollback.read(tmp_path), state) == (state, "")
+    with pytest.raises(ValueError, match="after 3 roll-backs"):
+        rollback.decide(config, directory, RollBack("spike", 14, 120, rollbacks=0))

@@ -48,7 +48,7 @@ def outcome(case: Case, shards: str, folder: Path, in_file: bool) -> str:
         name: str(folder / value) if isinstance(value, InFolder) else value for name, value in {**base(shards), **case.changes}.items()
     }
     if in_file:
-        (folder / "run.yaml").write_text(_yaml(settings))
+        (folder / "run.yaml").write_text(as_yaml(settings))
         args = ["--config", str(folder / "run.yaml")]
     else:
         args = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
@@ -67,9 +67,12 @@ def prepare(folder: Path) -> None:
     (folder / "file").write_text("")
     (folder / "empty").mkdir()
     (folder / "link").symlink_to("nowhere")
+    for name, manifest in {"theirs": '{"shards": 3}', "torn": '{"format_version": 1, "shards": [{"name'}.items():
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(manifest)
 
 
-def _yaml(settings: dict[str, Any]) -> str:
+def as_yaml(settings: dict[str, Any]) -> str:
     sections: dict[str, list[str]] = {}
     for name, value in settings.items():
         section, _, last = name.rpartition(".")
@@ -88,6 +91,8 @@ TEXTS: dict[str, list[str]] = {
         "no/such/place",
         InFolder("file"),
         InFolder("empty"),
+        InFolder("theirs"),
+        InFolder("torn"),
         "~/no/such/shards",
         "$NOWHERE/shards",
         "x" * 256,
@@ -153,8 +158,8 @@ def wrong_types(name: str) -> list[Raw]:
     kind = LEAVES[name]
     texts = {
         int: ["abc", "1.5", "1e3", "true", "[1]", "{a: 1}", "nan", "0x10", "1,000", "1" * 30],
-        float: ["abc", "true", "[1]", "{a: 1}", "nan", ".nan", "inf", "-.inf", "1e999", "1,5", "0.1f"],
-        bool: ["maybe", "1", "0", "[true]", "tru", "2.0"],
+        float: ["0600", "abc", "true", "[1]", "{a: 1}", "nan", ".nan", "inf", "-.inf", "1e999", "1,5", "0.1f"],
+        bool: ["yes", "off", "tRuE", "maybe", "1", "0", "[true]", "tru", "2.0"],
         str: ["5", "1.5", "true", "null", "[a]", "{a: b}", "1e-3"],
     }.get(_inner(kind), [])
     return [Raw(text) for text in [*texts, *([] if kind is not _inner(kind) or kind is str or not texts else ["null", "~"])]]

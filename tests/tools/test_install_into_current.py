@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def test_what_cannot_work_is_refused_before_anything_is_installed(miniature, pac
     for text in ["error: ", *told]:
         assert text in result.stdout, result.stdout
     assert small.versions() == before
+
+
+def test_triton_under_another_name_is_not_written_over(miniature):
+    """As in NVIDIA's and AMD's containers and beside nightly builds."""
+    small = miniature(torch="2.9.0", numpy="2.4.6", pytorch_triton="3.4.0+git1")
+    (small.packages / "triton").mkdir()
+    (small.packages / "triton" / "__init__.py").write_text("theirs = True\n")
+    setup = small.project / "setup.cfg"
+    setup.write_text(setup.read_text() + "    triton>=3.3\n")
+    small.offers_all()
+    small.offers("triton", "3.7.1")
+    small.finish_wheels()
+    result = small.install()
+    assert result.returncode == 0, result.stdout
+    assert "triton" not in small.versions() and (small.packages / "triton" / "__init__.py").read_text() == "theirs = True\n"
 
 
 def test_a_stack_below_the_virtual_environment_is_hidden_not_replaced(miniature, tmp_path):
@@ -166,7 +182,7 @@ print(tool._environment_problems(writes=True))
     assert "is marked as another installer's" in told and "venv --system-site-packages" in told
     environment["PIP_BREAK_SYSTEM_PACKAGES"] = "1"
     assert (
-        "operating system"
+        "another installer's"
         not in subprocess.run(command, cwd=small.project, env=environment, capture_output=True, text=True, check=True).stdout
     )
 
@@ -231,3 +247,22 @@ def test_interpreters_that_cannot_be_used_are_told_in_a_line(miniature, tmp_path
     (small.packages / "pip.pth").unlink()
     result = script(small.project, PYTHON=str(small.python))
     assert result.returncode == 1 and "has no pip: add it with" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_environment_that_is_there_is_not_taken_for_the_one_asked_for(tmp_path):
+    def checked(python: str = "", index: str = "") -> str:
+        command = ["bash", "tools/check_venv.sh", str(tmp_path / "venv"), python, index]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    assert checked("/nowhere") == "", "there is none yet"
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "venv" / ".installed").write_text("https://one\n")
+    other = tmp_path / "python3"
+    other.write_text("#!/bin/sh\necho 3.9\n")
+    other.chmod(0o755)
+    assert checked() == checked(sys.executable) == checked(index="https://one") == ""
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f"is of Python {here}, PYTHON={other} is 3.9: remove" in checked(str(other))
+    assert "was installed with another index of torch: remove it" in checked(index="https://two")
+    assert "PYTHON=/nowhere does not run" in checked("/nowhere")

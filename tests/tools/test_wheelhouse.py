@@ -68,3 +68,27 @@ def test_a_folder_of_somebody_elses_is_not_replaced(house, tmp_path):
     result = check(house, "make", tmp_path / "theirs")
     assert result.returncode == 1 and "exists and is no wheelhouse: name another folder with WHEELHOUSE=DIR" in result.stdout
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_with_a_manifest_of_another_kind_is_not_replaced(house, tmp_path):
+    theirs = tmp_path / "shards"
+    theirs.mkdir()
+    (theirs / "manifest.json").write_text('{"format_version": 1, "shards": []}')
+    (theirs / "train-00000.tar").write_text("")
+    # A wheelhouse with something of the user's in it.
+    (house.wheels / "notes.txt").write_text("")
+    for folder in (theirs, house.wheels):
+        before = sorted(folder.iterdir())
+        result = check(house, "make", folder)
+        assert result.returncode == 1 and "exists and is no wheelhouse" in result.stdout and sorted(folder.iterdir()) == before
+
+
+def test_what_lies_beside_is_left_alone(house, tmp_path):
+    for name in ("wheels.old", "wheels.partial"):
+        (house.wheels.parent / name).mkdir()
+    code = "from pathlib import Path\nfrom tools.wheelhouse import replacing\nimport sys\n"
+    code += "with replacing(Path(sys.argv[1])) as partial: (partial / 'new').write_text('')"
+    subprocess.run([house.python, "-c", code, house.wheels], cwd=house.project, check=True)
+    assert [path.name for path in house.wheels.iterdir()] == ["new"] and (house.wheels.stat().st_mode & 0o700) == 0o700
+    assert {"wheels.old", "wheels.partial"} <= {path.name for path in house.wheels.parent.iterdir()}
+    assert not list(house.wheels.parent.glob(".wheels.*"))

@@ -163,6 +163,19 @@ def test_errors_are_one_line_and_exit_2(fault: str, shipped: tuple[str, Path], t
     assert not (tmp_path / "report").exists()
 
 
+def test_an_output_that_is_a_file_and_a_bound_that_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("theirs")
+    for arguments, words in (
+        (["--output", tmp_path / "file"], "is a file: name a folder"),
+        (["--output", ""], "the path is empty"),
+        (["--output", tmp_path / "report", "--require-under-unigram", "nan"], "must be a finite number"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(tmp_path), *map(str, arguments)])
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
 @pytest.mark.parametrize(("arguments", "words"), [([], "name run directories, or"), (["run", "--runs", "dense"], "with --experiment")])
 def test_what_is_missing_on_the_command_line_is_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pretrain.tracking import Tracker, TrackingConfig, read_journal
 from pretrain.tracking.__main__ import main
+from pretrain.tracking.record import RunRecord
+from pretrain.tracking.state import ShippingState
 from pretrain.tracking.store import connect
 
 
@@ -82,3 +85,53 @@ def test_the_user_is_told_once_where_the_run_is(tmp_path: Path, database_uri: st
         tracker.close()
         told = re.findall(r"^MLflow run: (.*)$", capsys.readouterr().out, re.MULTILINE)
         assert told == [f"{run_id(directory)} in {database_uri}"]
+
+
+def test_a_record_that_was_lost_and_begun_anew_with_other_settings_arrives(tmp_path: Path, database_uri: str) -> None:
+    directory = tmp_path / "run"
+    Tracker(config(database_uri), directory, params={"lr": 1, "steps": 10}).close()
+    first = run_id(directory)
+    (directory / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json cannot be read .*: restore it, or move it away, and the next start writes it anew"):
+        Tracker(config(database_uri), directory, params={"lr": 2, "steps": 10}, resumed_from_step=4)
+    (directory / "run.json").unlink()
+    Tracker(config(database_uri), directory, params={"lr": 2, "steps": 10, "new": 1}, resumed_from_step=4).close()
+    assert run_id(directory) == first and ShippingState.load(directory).has_everything(RunRecord.load(directory), directory)
+    data = connect(database_uri).get_run(first).data
+    assert data.params == {"lr": "1", "steps": "10", "new": "1"} and data.tags["resume.0.lr"] == "2" and "resume.0.steps" not in data.tags
+
+
+def test_a_copy_beside_its_original_is_another_run(tmp_path: Path, database_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    original, copy, moved = (tmp_path / name for name in ("run", "copy", "moved"))
+
+    def session(directory: Path, loss: float, **resumed: int) -> None:
+        tracker = Tracker(config(database_uri), directory, params={}, **resumed)
+        for step in range(1 + resumed.get("resumed_from_step", 0), 5):
+            tracker.log({"train/loss": loss}, step)
+        tracker.close()
+
+    session(original, 1.0)
+    shutil.copytree(original, copy)
+    session(copy, 2.0, resumed_from_step=2)
+    assert f"{copy} is a copy of {original}: it goes on as another run in MLflow" in caplog.text
+    client = connect(database_uri)
+    assert run_id(copy) != run_id(original)
+    for directory, losses in ((original, [1.0] * 4), (copy, [1.0, 1.0, 2.0, 2.0])):
+        points = client.get_metric_history(run_id(directory), "train/loss")
+        assert [point.value for point in sorted(points, key=lambda point: point.step)] == losses
+    assert client.get_run(run_id(copy)).data.tags["copied_from"] == str(original) and client.get_run(run_id(copy)).info.run_name == "copy"
+
+    before = run_id(original)
+    original.rename(moved)
+    caplog.clear()
+    session(moved, 1.0, resumed_from_step=2)
+    session(copy, 2.0, resumed_from_step=2)
+    assert run_id(moved) == before and "is a copy" not in caplog.text
+
+
+def test_a_journal_that_was_removed_is_told(tmp_path: Path, database_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "run"
+    Tracker(config(database_uri), directory, params={}).close()
+    (directory / "metrics.jsonl").unlink()
+    Tracker(config(database_uri), directory, params={}, resumed_from_step=4).close()
+    assert "metrics.jsonl holds nothing up to step 4 any more" in caplog.text

@@ -15,6 +15,7 @@ import pytest
 from pretrain.tracking import DatasetInput, Tracker, TrackingConfig, collect_environment, read_journal, validate_uri
 from pretrain.tracking.__main__ import main
 from pretrain.tracking.store import connect, resolve_uri
+from pretrain.tracking.system import SystemSampler
 from tests.tracking.server import wait_for
 
 
@@ -117,6 +118,36 @@ def test_a_start_without_resume_makes_a_new_run_and_keeps_the_old_files(tmp_path
     assert history(database_uri, directory / "previous" / "1", "train/loss") == [(1, 1.0)]
 
 
+def test_the_oldest_of_several_earlier_runs_may_be_removed(tmp_path: Path, database_uri: str) -> None:
+    directory = tmp_path / "run"
+    for number in range(4):
+        Tracker(config(database_uri, enabled=False), directory, params={"number": number}).close()
+        if number == 2:
+            shutil.rmtree(directory / "previous" / "1")
+    assert sorted(path.name for path in (directory / "previous").iterdir()) == ["2", "3"]
+
+
+def test_a_resumed_run_may_get_another_name_but_no_other_experiment(
+    tmp_path: Path, database_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    Tracker(config(database_uri), directory, params={}).close()
+    Tracker(config(database_uri, run_name="better", experiment="others"), directory, params={}, resumed_from_step=0).close()
+    assert connect(database_uri).get_run(run_id(directory)).info.run_name == "better"
+    assert "tracking.experiment=others: the run stays in tests, where it was begun" in caplog.text
+    Tracker(config(database_uri), directory, params={}, resumed_from_step=0).close()
+    assert connect(database_uri).get_run(run_id(directory)).info.run_name == "better"
+
+
+def test_samples_go_on_behind_a_damaged_line(tmp_path: Path) -> None:
+    path = tmp_path / "system.jsonl"
+    path.write_bytes(b'{"step": 4, "timestamp_ms": 1, "a": 2}\n' + bytes(64) + b'\n{"step": 5, "timestamp_ms": 2, "a": 2}\n')
+    sampler = SystemSampler(path, 60.0)
+    wait_for(lambda: path.read_bytes().count(b"\n") == 4, 30, "a sample")
+    sampler.stop()
+    assert b'{"step": 6, ' in path.read_bytes().splitlines()[-1]
+
+
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
 def test_statuses_arrive(tmp_path: Path, database_uri: str, status: str) -> None:
     tracker = Tracker(config(database_uri), tmp_path / "run", params={})
@@ -196,6 +227,21 @@ def test_sync_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no tracked run here" in capsys.readouterr().err
     assert main(["sync", "--uri", "./mlruns", str(tmp_path)]) == 2
     assert "file store" in capsys.readouterr().err
+
+
+def test_sync_ships_what_is_there_of_a_run_that_was_copied_in_part(
+    tmp_path: Path, database_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, note = tmp_path / "run", tmp_path / "note.txt"
+    note.write_text("x")
+    tracker = Tracker(config(database_uri, enabled=False), directory, params={}, artifacts=[note])
+    tracker.log({"train/loss": 0.5}, 1)
+    tracker.close()
+    shutil.rmtree(directory / "artifacts")
+    for _ in range(2):
+        assert main(["sync", str(directory)]) == 0
+    assert history(database_uri, directory, "train/loss") == [(1, 0.5)]
+    assert "artifacts/note.txt is missing: MLflow will not have it" in caplog.text
 
 
 def test_a_live_run_is_not_shipped_twice_at_once(tmp_path: Path, database_uri: str) -> None:

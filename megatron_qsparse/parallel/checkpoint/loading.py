@@ -140,7 +140,7 @@ def _own_weights(engine: ZeroEngine, spread: Spread) -> torch.Tensor:
 
 def _load_generators(engine: ZeroEngine, reader: Reader) -> bool:
     saved, here = reader.common.get("layout"), layout(engine)
-    same = saved is not None and all(saved[name] == here[name] for name in here if name != "zero_stage")
+    same = isinstance(saved, dict) and all(saved.get(name) == here[name] for name in here if name != "zero_stage")
     restored, problem = False, []
     if same:
         try:

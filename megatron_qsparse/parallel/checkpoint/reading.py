@@ -27,7 +27,10 @@ class Reader:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        config = maybe_load_config(str(directory))
+        try:
+            config = maybe_load_config(str(directory))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{directory} was not written by this project: its metadata.json cannot be read ({error})") from error
         if config is None or config.sharded_backend != "torch_dist":
             raise ValueError(f"{directory} holds no state in the format torch_dist of megatron.core.dist_checkpointing")
         # Read before anything else: a newer format may hold other tensors.
@@ -123,6 +126,6 @@ def _common(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{foreign} cannot be read ({type(error).__name__})") from error
     # Version 1 left the wording of this file to dist_checkpointing.save.
     content = content.get("common", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not {"format_version", "adam_step"} <= content.keys():
+    if not isinstance(content, dict) or not all(type(content.get(name)) is int for name in ("format_version", "adam_step")):
         raise ValueError(f"{foreign} tells neither a format version nor Adam's step count")
     return content
