@@ -93,9 +93,9 @@ class AtomicFile:
             self.discard()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, staging: Path | None = None) -> None:
     """Publishes `content` as `path`."""
-    with AtomicFile(path) as file:
+    with AtomicFile(path, staging) as file:
         file.write(content)
 
 

@@ -111,8 +111,8 @@ def tokenize(
             "backend": {"name": backend.name, "versions": backend.versions()},
             "shards": shards,
         }
-        write_atomically(output / TOKENIZER_NAME, tokenizer.content.encode())
-        write_atomically(output / MANIFEST_NAME, encode_manifest(content))
+        write_atomically(output / TOKENIZER_NAME, tokenizer.content.encode(), staging=job.work)
+        write_atomically(output / MANIFEST_NAME, encode_manifest(content), staging=job.work)
         job.finish()
     manifest = Manifest.load(output)
     if options.validation_fraction and "validation" not in manifest.splits:

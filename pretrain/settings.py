@@ -80,7 +80,9 @@ def scalar_mistake(kind: Any, text: str, plain: bool = True) -> str | None:
     elif kind is bool:
         needed = None if text in BOOLEANS else "true or false is needed"
     elif kind is int:
-        needed = None if INTEGER.fullmatch(text) else "an integer is needed"
+        needed = (
+            None if INTEGER.fullmatch(text) else "an integer of at most 19 digits is needed" if text.isdecimal() else "an integer is needed"
+        )
     elif kind is float:
         if NOT_FINITE.fullmatch(text) or (NUMBER.fullmatch(text) and not math.isfinite(float(text))):
             needed = "a finite number is needed"

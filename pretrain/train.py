@@ -6,6 +6,7 @@ A run that is started again with the same output_dir goes on from its newest com
 checkpoint after the present step and ends the run.
 """
 
+import os
 import signal
 import sys
 import time
@@ -43,6 +44,13 @@ def main(args: list[str] | None = None) -> int:
         return 1
 
 
+def _interrupted() -> int:
+    """Ctrl-C before the run answers signals itself, while libraries are imported."""
+    if os.environ.get("RANK", "0") == "0":
+        print("interrupted before training began", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
+
+
 def _refuse(error: Exception, status: int = 2) -> int:
     """Rank 0 speaks first and, where all ranks fail alike, alone: torchrun ends the others as soon as one has failed.
 
@@ -61,4 +69,7 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())

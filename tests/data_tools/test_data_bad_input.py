@@ -143,3 +143,21 @@ def test_disk_full_while_writing_a_shard(small_disk: Path, tokenizer: Path, larg
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     assert run(*arguments).returncode == 0
     assert folder_bytes(output) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tokenize", "--input", "a", "--tokenizer", "b", "--output", "c", "--validation-fraction", "nan"], "nan is not in [0, 1)"),
+        (["train-tokenizer", "--input", "a", "--output", ""], "--output: the path is empty: name one"),
+        (["stats", " "], "shards: the path is empty: name one"),
+    ],
+)
+def test_arguments_that_are_no_value(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_is_a_device(tmp_path: Path, tokenizer: Path) -> None:
+    assert_clear_error(tokenize(Path("/dev/null"), tokenizer, tmp_path / "out"), "/dev/null", "is no plain file")

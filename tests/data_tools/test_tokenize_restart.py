@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +220,20 @@ def test_other_documents_in_the_second_pass_are_an_error_in_words(
     assert not (output / "manifest.json").exists()
     corpus.write_bytes(content)
     assert tokenize_here([corpus], tokenizer, output).content["filters"]["kept"] == 20
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json"])
+def test_killed_while_it_publishes(name: str, tmp_path: Path, texts: list[str], tokenizer: Path) -> None:
+    corpus, killed, whole = write_jsonl(tmp_path / "corpus.jsonl", texts), tmp_path / "killed", tmp_path / "whole"
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nreplace = os.replace\n"
+        f"os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if Path(b) == Path({str(killed / name)!r}) else replace(a, b)\n"
+        "from data_tools.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    job = ["tokenize", "--input", corpus, "--tokenizer", tokenizer, "--workers", 1, *SMALL, "--output"]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, job), killed], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    for output in (killed, whole):
+        assert run(*job, output).returncode == 0
+    assert folder_bytes(killed) == folder_bytes(whole)
+    assert run("verify", killed).returncode == 0
