@@ -12,7 +12,6 @@ what reading and encoding alone achieve at that time.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 
 MIN_BYTES = 64
 MAX_BYTES = 1_000_000
@@ -101,7 +100,7 @@ def measure_reader(shards: Path, sequence_length: int, micro_batch_size: int, nu
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.benchmark", description="Throughput of tokenization and of the reader.")
+    parser = Parser(prog="python -m data_tools.benchmark", description="Throughput of tokenization and of the reader.")
     roots = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
     parser.add_argument(
         "--roots", type=named_path, nargs="+", default=roots, help="folders of .py files (default: site-packages and the standard library)"

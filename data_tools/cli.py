@@ -11,8 +11,8 @@ import json
 import sys
 from decimal import Decimal, InvalidOperation
 
+from data_tools.arguments import Parser, named_path
 from data_tools.errors import DataError
-from data_tools.files import named_path
 
 EXAMPLE = """\
 from text to shards:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_tools",
         description="Corpora, tokenizers and token shards.",
         epilog=EXAMPLE,

@@ -7,7 +7,6 @@ the path, and the partial file is removed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -148,10 +147,3 @@ def fingerprint(path: Path) -> str:
                 file.seek((size - WINDOW_BYTES) * window // (windows - 1))
                 digest.update(file.read(WINDOW_BYTES))
     return digest.hexdigest()
-
-
-def named_path(text: str) -> Path:
-    """For argparse: an empty text, say of a shell's variable that is not set, is not the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty: name one")
-    return Path(text)

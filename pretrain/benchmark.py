@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 from pretrain.quickstart import CONFIGS, RUNS, torchrun
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ VOCABULARY = 1024
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m pretrain.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each variant (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks among them (default: %(default)s)")

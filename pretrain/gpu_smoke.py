@@ -4,7 +4,6 @@ Makes its own small corpus. Both devices start from the same weights and read th
 the rounding of bf16 products only, which flips a few near-ties of masks and codes. Exit status 1 where a loss differs by more.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 from pretrain.quickstart import CONFIGS, data_commands, torchrun
 
 RUNS = ("qsparse", "bitnet_qsparse")
@@ -22,7 +21,7 @@ TOLERANCE_NAT = 0.05
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.gpu_smoke", description=__doc__)
+    parser = Parser(prog="python -m pretrain.gpu_smoke", description=__doc__)
     parser.add_argument("--output", type=named_path, help="write the losses and differences to this JSON file")
     options = parser.parse_args(args)
 

@@ -12,16 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 
 RUNS = ("dense", "qsparse", "bitnet", "bitnet_qsparse")
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.quickstart", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m pretrain.quickstart", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=named_path, default=Path("quickstart"), help="folder for everything (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of each run (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: as in the configs)")

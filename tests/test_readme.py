@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -48,3 +50,22 @@ def test_commands_run_as_written(tmp_path):
         run(command)
     assert (tmp_path / "report" / "index.html").exists()
     assert list((tmp_path / "runs" / "a" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data_tools", "tokenize", "--input", "a", "--tokenizer", "b", "--output", "c", "--overwr"],
+        ["pretrain.checkpoint", "prune", "a", "--keep", "2"],
+        ["pretrain.tracking", "sync", "a", "--ur", "b"],
+        ["pretrain.compare", "a", "--out", "b"],
+        ["pretrain.quickstart", "--step", "2"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_command_takes_a_part_of_a_flag(arguments, tmp_path):
+    command = [sys.executable, "-m", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "unrecognized arguments" in result.stderr or "are required" in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []

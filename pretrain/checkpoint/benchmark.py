@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 from pretrain.quickstart import torchrun
 
 WARM_UP_STEPS = 3
@@ -23,7 +23,7 @@ QUIET_STEPS = 4
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint.benchmark", description=__doc__)
+    parser = Parser(prog="python -m pretrain.checkpoint.benchmark", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (default: %(default)s)")
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage (default: %(default)s)")

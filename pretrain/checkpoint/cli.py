@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description="Look after the checkpoints of a run.")
+    parser = Parser(prog="python -m pretrain.checkpoint", description="Look after the checkpoints of a run.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     where = "run directory, its checkpoints/ folder, or one checkpoint"
 

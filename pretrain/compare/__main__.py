@@ -15,16 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 
 FORMAT_VERSION = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, 1 when a run misses what is required, 2 when there is nothing to compare)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.compare", description="Compare runs, of directories or of an MLflow experiment."
-    )
+    parser = Parser(prog="python -m pretrain.compare", description="Compare runs, of directories or of an MLflow experiment.")
     parser.add_argument("directories", nargs="*", type=named_path, metavar="RUN_DIR", help="run directories (output_dir); needs no MLflow")
     parser.add_argument("--experiment", help="MLflow experiment that holds the runs, or further ones")
     parser.add_argument("--output", type=named_path, required=True, metavar="DIR", help="folder for runs.json, curves.png and index.html")

@@ -8,12 +8,11 @@ Shipping is idempotent: running it again adds nothing.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
-from data_tools.files import named_path
+from data_tools.arguments import Parser, named_path
 from pretrain.tracking.record import RunRecord
 from pretrain.tracking.shipper import RUN_ID_NAME, Shipper
 from pretrain.tracking.state import METRICS_NAME, ShippingState, count_points, unshipped_points
@@ -22,7 +21,7 @@ from pretrain.tracking.store import resolve_uri, shipping_errors, validate_uri
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 all well, 1 something was not shipped, 2 wrong arguments)."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.tracking", description="Ship metric journals to MLflow, or show the rest.")
+    parser = Parser(prog="python -m pretrain.tracking", description="Ship metric journals to MLflow, or show the rest.")
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser("sync", help="ship what MLflow lacks; running it again adds nothing")
     sync.add_argument("--uri", default="", help="MLflow tracking URI (default: the one the run was started with)")
