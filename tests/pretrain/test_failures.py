@@ -139,9 +139,9 @@ def test_what_may_take_its_time_is_no_hang(shards, tmp_path):
     run = tmp_path / "run"
     (run / FOLDER).mkdir(parents=True)
     (run / FOLDER / "000001.json").write_bytes(dataclasses.replace(Owner.here(), machine="elsewhere").encode())
-    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.steps", 2, "--train.hang_timeout_s", 3]
-    tracked = ["--tracking.enabled", "true", "--tracking.uri", f"http://127.0.0.1:{_free_port()}", "--tracking.drain_timeout_s", 5]
-    with training(*arguments, *tracked, before=Patient(5.0)) as process:
+    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.steps", 2, "--train.hang_timeout_s", 5]
+    tracked = ["--tracking.enabled", "true", "--tracking.uri", f"http://127.0.0.1:{_free_port()}", "--tracking.drain_timeout_s", 7]
+    with training(*arguments, *tracked, before=Patient(7.0)) as process:
         output, _ = process.communicate(TIMEOUT_S)
     assert process.returncode == 0, output
     assert "which is gone: taking it over" in output and "MLflow does not take the metrics" in output and "no progress" not in output
