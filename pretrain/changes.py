@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.checkpoint.content import read_settings
 from pretrain.config import PretrainConfig, flatten, to_dict
+from pretrain.settings import leaves
 
 IDENTITY = (
     "model.", "qsparse.", "bitnet.", "train.seed", "train.global_batch_size", "train.precision", "data.sequence_length",
@@ -23,6 +24,7 @@ FREE = (
 )  # fmt: skip
 """Layout, intervals, places. data.path may move: the manifest's digest is compared. Not what decides which samples a roll-back leaves
 out."""
+ABSENT = "(absent)"
 OF_THE_START = ("resume", "allow_change", "format_version")
 """Said to this start of the run, or of the file."""
 
@@ -30,9 +32,10 @@ OF_THE_START = ("resume", "allow_change", "format_version")
 def compare(saved: Path, config: PretrainConfig) -> list[str]:
     """One line for each setting that differs from the checkpoint's config.yaml. Raises ValueError naming those that are not allowed."""
     before, now = _before(saved), flatten(to_dict(config))
-    compared = [name for name in now if name not in OF_THE_START and not name.startswith(IDENTITY)]
-    changed = [name for name in compared if now[name] != before[name]]
-    lines = {name: f"{name}: {before[name]} in the checkpoint, {now[name]} now" for name in changed}
+    # Tags come and go.
+    compared = [name for name in now | before if name not in OF_THE_START and not name.startswith(IDENTITY) and _is_setting(name)]
+    changed = [name for name in compared if now.get(name) != before.get(name)]
+    lines = {name: f"{name}: {before.get(name, ABSENT)} in the checkpoint, {now.get(name, ABSENT)} now" for name in changed}
     refused = [name for name in changed if not name.startswith(FREE) and not _is_allowed(name, config.allow_change)]
     if refused:
         told = "\n".join(f"  {lines[name]}" for name in refused)
@@ -46,7 +49,12 @@ def compare(saved: Path, config: PretrainConfig) -> list[str]:
 def none(saved: Path, config: PretrainConfig) -> bool:
     """Whether a run with this config.yaml would be trained as this one is: only layout, intervals and places may differ."""
     before, now = _before(saved), flatten(to_dict(config))
-    return all(before[name] == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
+    return all(before.get(name) == now[name] for name in now if not name.startswith((*FREE, *OF_THE_START)))
+
+
+def _is_setting(name: str) -> bool:
+    """Not what a file of an older version says that there is no more."""
+    return name in leaves(PretrainConfig) or name.rpartition(".")[0] in leaves(PretrainConfig)
 
 
 def _before(saved: Path) -> dict[str, Any]:

@@ -169,7 +169,12 @@ class Lease:
         return self.folder / f"{number:06d}.json"
 
     def _numbers(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
+        try:
+            # Not Path.glob, which says of a file system that does not answer that there is nothing.
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
     def newest(self) -> tuple[int, Owner | None]:
         """The highest number taken and who took it; (0, None) where nobody has."""

@@ -56,6 +56,14 @@ def test_a_setting_that_came_later_had_its_default(saved):
     assert not none(saved, _now("--optimizer.clip", "0.5"))
 
 
+def test_tags_may_come_and_go(tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(parse(["--tracking.tags.old", "1", "--tracking.tags.same", "2"])))
+    assert compare(saved, parse(["--tracking.tags.same", "2", "--tracking.tags.new", "x"])) == [
+        "changed: tracking.tags.new: (absent) in the checkpoint, x now", "changed: tracking.tags.old: 1 in the checkpoint, (absent) now",
+    ]  # fmt: skip
+
+
 def test_what_decides_which_samples_a_roll_back_leaves_out_must_be_asked_for(saved):
     changes = ["--spike.action", "rollback"]
     with pytest.raises(ValueError, match="--allow_change spike.action$"):

@@ -219,6 +219,27 @@ def test_a_process_that_was_stopped_looks_before_it_believes_its_last_heartbeat(
     lease.release()
 
 
+def test_a_file_system_that_does_not_answer_once_takes_nothing_away(tmp_path, monkeypatch):
+    lease, other, failing = Lease(tmp_path, interval_s=1000), _lease(tmp_path), True
+    lease.acquire(lambda text: None)
+    for name in ("listdir", "scandir"):
+        original = getattr(os, name)
+
+        def stale(path=".", original=original):
+            if failing and str(path).endswith(FOLDER):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return original(path)
+
+        monkeypatch.setattr(os, name, stale)
+    lease.check(now=True)
+    with pytest.raises(OSError, match="Stale file handle"):
+        other.acquire(lambda text: None)
+    failing = False
+    lease.check(now=True)
+    lease.release()
+    assert not (tmp_path / FOLDER).exists()
+
+
 def test_nothing_is_left_on_a_disk_without_room(tmp_path, monkeypatch):
     run = tmp_path / "run"
 
