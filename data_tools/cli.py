@@ -16,7 +16,6 @@ from data_tools.errors import DataError
 
 EXAMPLE = """\
 from text to shards:
-from data_tools.files import named_path
   python -m data_tools corpus stdlib --output corpus.jsonl.zst
   python -m data_tools train-tokenizer --input corpus.jsonl.zst --vocab-size 8192 --output tokenizer/
   python -m data_tools tokenize --input corpus.jsonl.zst --tokenizer tokenizer/ --output shards/ --validation-fraction 0.01

@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from pretrain import settings, yaml_text
-from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.config import ConfigurationError, PretrainConfig, dump_yaml
 from pretrain.settings import Mistake
 
 HELP = ("-h", "--help")
+PRINT = "--print_config"
 
 
 def parse(args: Sequence[str] | None = None, prog: str | None = None, description: str | None = None) -> PretrainConfig:
@@ -32,7 +33,8 @@ def make_parser(prog: str | None = None, description: str | None = None):
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", yaml_text.load, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False, print_config=None)
+    parser.add_argument(PRINT, action="store_true", help="print the whole configuration as YAML, and stop")
     parser.add_argument("--config", action="config", help="YAML file; flags override what it says, and so do later files")
     parser.add_class_arguments(PretrainConfig, nested_key=None)
     return parser
@@ -53,7 +55,7 @@ def read(parser, args: Sequence[str] | None = None, more: Mapping[str, type] | N
             raise ConfigurationError("\n".join(map(str, mistakes)))
     added = [arg for arg in args if _is_added(_name_of(arg))]
     try:
-        values = parser.instantiate(parser.parse_args([arg for arg in args if arg not in added]))
+        values = parser.instantiate(parser.parse_args([arg for arg in args if arg not in (*added, PRINT)]))
     except argparse.ArgumentError as error:
         # Something that only jsonargparse knows of.
         raise ConfigurationError(" ".join(str(error).split())) from error
@@ -61,6 +63,9 @@ def read(parser, args: Sequence[str] | None = None, more: Mapping[str, type] | N
     for arg in added:
         *sections, mapping, key = _name_of(arg).split(".")
         getattr(reduce(getattr, sections, values), mapping)[key] = arg.partition("=")[2]
+    if PRINT in args:
+        print(dump_yaml(to_config(values)), end="")
+        sys.exit(0)
     return values
 
 
@@ -88,8 +93,8 @@ def _checked(args: list[str], more: dict[str, type]) -> tuple[list[str], list[Mi
         if not args[i].startswith("--") or not name:
             mistakes.append(Mistake(f"{settings.shown(args[i])} belongs to no setting: write --section.name VALUE"))
             continue
-        if name == "print_config":
-            flags.append(args[i])
+        if args[i] == PRINT:
+            flags.append(PRINT)
             continue
         if not equals and i + 1 < len(args) and not args[i + 1].startswith("--"):
             value, equals = args[next(rest)], "="

@@ -7,6 +7,7 @@ time, and after one without an answer nothing more is asked until that has come.
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
@@ -15,18 +16,25 @@ import torch.distributed as dist
 
 PREFIX = "megatron_qsparse.watchdog"
 ANSWER_S = 10.0
+AGAIN_S = 60.0
+"""Between two attempts to reach a store that was lost: torch prints at each of them."""
 
 
 class Blackboard:
     """Of one rank. What cannot be written or read costs nothing: the report of this rank must not depend on others."""
 
     def __init__(self) -> None:
+        self._store: dist.Store | None = self._connect()
+        self._asking: threading.Thread | None = None
+        self._one_at_a_time = threading.Lock()
+        self._lost = 0.0
+
+    def _connect(self) -> dist.Store:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Shared with no other thread, which could hold it for minutes.
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_S))
-        self._store = dist.PrefixStore(PREFIX, store)
-        self._asking: threading.Thread | None = None
-        self._gone = False
+        # The store of torchrun outlives the processes that it starts again.
+        return dist.PrefixStore(f"{PREFIX}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def write(self, key: str, value: str) -> None:
         self._ask(lambda store: store.set(key, value))
@@ -51,16 +59,27 @@ class Blackboard:
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         """The answer; None where there is none."""
-        if self._gone or (self._asking is not None and self._asking.is_alive()):
+        if not self._one_at_a_time.acquire(timeout=ANSWER_S):
+            return None
+        try:
+            return self._ask_alone(question)
+        finally:
+            self._one_at_a_time.release()
+
+    def _ask_alone(self, question: Callable[[dist.Store], Any]) -> Any:
+        if self._asking is not None and self._asking.is_alive():
+            return None
+        if self._store is None and time.monotonic() - self._lost < AGAIN_S:
             return None
         answers = []
 
         def ask() -> None:
             try:
+                # Torch's client does not connect again by itself.
+                self._store = self._store or self._connect()
                 answers.append(question(self._store))
             except RuntimeError:
-                # Torch does not connect again, and prints a page at each further try.
-                self._gone = True
+                self._store, self._lost = None, time.monotonic()
 
         self._asking = threading.Thread(target=ask, name="blackboard", daemon=True)
         self._asking.start()

@@ -235,7 +235,8 @@ class Lease:
         try:
             return number > 1 and self._read(number - 1).token != dead.token
         except FileNotFoundError:
-            return False
+            # It has had a successor, who may have ended; numbers begin anew then.
+            return True
 
     def _take(self, number: int) -> bool:
         """Make the file of a number; False where another process has it."""

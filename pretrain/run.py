@@ -137,8 +137,15 @@ class Session:
     def roll_back(self, spike: RollBack) -> Beginning:
         """Decide where to; a run that goes on finds it as one that was killed would. Collective. Raises Stopped or Refused."""
         checkpoints, progress = self.saving.directory, self.progress
+        progress.enter(self.saving.doing)
         self.saving.drain()
-        _say(_refusing(lambda: rollback.decide(self.run.config, checkpoints, spike), progress, "rolling back"))
+
+        def decide() -> str:
+            if not self._is_ours():
+                raise ValueError(f"{self.run.config.run_directory} was taken from this process by another: it is not rolled back")
+            return rollback.decide(self.run.config, checkpoints, spike)
+
+        _say(_refusing(decide, progress, "rolling back"))
         # What `resume` asks for is asked of a start.
         going_on = dataclasses.replace(self.run, config=dataclasses.replace(self.run.config, resume="auto"))
         return _refusing(lambda: _find(going_on, checkpoints, progress), progress, LOOKING)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pretrain.yaml_text import BOOLEANS, INTEGER, MERGE, NOT_FINITE, NULLS, NUMBER, compose
+from pretrain.yaml_text import BOOLEANS, INTEGER, MERGE, NOT_FINITE, NULLS, NUMBER, compose, untagged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,9 @@ def node_mistakes(kind: Any, node: yaml.Node, name: str, settings: type, base: P
     settings: the dataclass of the whole. base: where the files lie that sections are read from (`train: train.yaml`).
     """
     line = node.start_mark.line + 1
+    if node.tag != untagged(node):
+        yield Mistake(f"{name or 'the file'} is written with the YAML tag {node.tag}: remove it", line)
+        return
     kind = _optional(kind)[1] if not isinstance(node, yaml.ScalarNode) else kind
     if dataclasses.is_dataclass(kind):
         if isinstance(node, yaml.MappingNode):

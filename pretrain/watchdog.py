@@ -23,6 +23,8 @@ from pretrain.progress import Progress
 MAX_TICK_S = 5.0
 SILENCE_S = 45.0
 """Without a sign of life after which a rank counts as dead: so the others end within a minute."""
+STOPPED_S = 5.0
+"""That a thread wakes up too late by where its process was stopped meanwhile."""
 COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 """Files of functions that a rank waits in for other ranks."""
 
@@ -42,7 +44,8 @@ class Watchdog:
         self._beat = 0
         self._heard: dict[int, tuple[int | None, float]] = {}
         """rank -> its last beat, and when it was new here."""
-        self._begun = time.monotonic()
+        self._answered = time.monotonic()
+        """When the store did so last."""
         self._ended = threading.Event()
         self._blackboard = Blackboard()
         self._publish()
@@ -68,7 +71,14 @@ class Watchdog:
             return False
 
     def _watch(self) -> None:
-        while not self._ended.wait(self.tick_s):
+        while True:
+            begun = time.monotonic()
+            if self._ended.wait(self.tick_s):
+                return
+            if time.monotonic() - begun > self.tick_s + STOPPED_S:
+                # This process was stopped, by Slurm or a debugger, and the others with it: all of them go on now.
+                self.progress.renew()
+                self._heard.clear()
             self._beat += 1
             self._publish()
             if not self.timeout_s:
@@ -80,22 +90,30 @@ class Watchdog:
 
     def _silent(self) -> dict[int, str]:
         """rank -> the host of those without a sign of life for too long. Each rank asks for one other, rank 0 for all of them."""
-        found, now = {}, time.monotonic()
+        found: dict[int, str] = {}
         states = self._blackboard.states(range(1, self.size) if self.rank == 0 else [0])
+        now = time.monotonic()
+        if self.rank and not states and self._waits() and self._is_stuck_since(self._answered):
+            # The store is gone, with the machine of rank 0 or with the launcher alone: that one is not needed any more.
+            found[0] = "with the launcher's store"
+        if not states:
+            return found
+        if now - self._answered > SILENCE_S / 2:
+            # Nobody could be heard meanwhile.
+            self._heard.clear()
+        self._answered = now
         for rank, state in states.items():
             beat = state["beat"] if state else None
             if rank not in self._heard or beat != self._heard[rank][0] or (state and state["done"]):
                 self._heard[rank] = (beat, now)
-            elif now - self._heard[rank][1] > SILENCE_S:
+            elif self._is_stuck_since(self._heard[rank][1]):
                 found[rank] = state["host"] if state else "unknown host"
-        if self.rank and not states and self._is_stuck_since(self._heard.get(0, (None, self._begun))[1]):
-            # The store is gone, with the machine of rank 0 or with the launcher alone: that one is not needed any more.
-            found[0] = "with the launcher's store"
         return found
 
     def _is_stuck_since(self, then: float) -> bool:
+        """Whether that is long ago, and this rank has begun nothing new for as long: a healthy run is not ended for a lost connection."""
         now = time.monotonic()
-        return self._waits() and min(now - then, now - self.progress.now.since) > SILENCE_S
+        return min(now - then, now - self.progress.now.since) > SILENCE_S
 
     def _leave(self, silent: dict[int, str]) -> None:
         """The processes of other ranks are gone: they cannot come back to a collective, whatever this rank waits for."""
@@ -109,11 +127,12 @@ class Watchdog:
         """Say where this rank is, after those that the others wait for, and leave."""
         self._blackboard.write("hang", "1")
         before = self._blackboard.states(range(self.size))
-        # Who lives beats again within this time.
-        if self._ended.wait(3 * self.tick_s):
-            return
-        self._beat += 1
-        self._publish()
+        # Who lives beats again within this time, those included that have come here as well.
+        for _ in range(3):
+            if self._ended.wait(self.tick_s):
+                return
+            self._beat += 1
+            self._publish()
         culprits = self._culprits(before)
         if culprits and self.rank not in culprits:
             time.sleep(min(2.0, self.timeout_s))

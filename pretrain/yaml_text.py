@@ -54,5 +54,11 @@ def compose(text: str) -> yaml.Node | None:
     return yaml.compose(text, Loader=Loader)
 
 
+def untagged(node: yaml.Node) -> str:
+    """The tag that the node would have by what it looks like."""
+    value, plain = (node.value, node.style is None) if isinstance(node, yaml.ScalarNode) else (None, False)
+    return Loader("").resolve(type(node), value, (plain, not plain))
+
+
 def dump(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)

@@ -10,6 +10,6 @@ if [ -n "$python" ]; then
   here=$("$venv/bin/python" -c "$version")
   [ "$asked" = "$here" ] || fail "$venv is of Python $here, PYTHON=$python is $asked: remove $venv, or name another one with VENV=DIR"
 fi
-if [ -n "$index" ] && [ -f "$venv/.installed" ] && [ "$(cat "$venv/.installed")" != "$index" ]; then
+if [ -n "$index" ] && [ -s "$venv/.installed" ] && [ "$(cat "$venv/.installed")" != "$index" ]; then
   fail "$venv was installed with another index of torch: remove it, or name another one with VENV=DIR"
 fi

@@ -42,7 +42,9 @@ class BatchFolder:
                     grad_norm=report.result.grad_norm,
                 )  # fmt: skip
             beside.replace(path)
-            for old in sorted(self.path.glob("step_*.npz"))[:-MAX_KEPT]:
+            # By age: a run that went back comes to steps again that are later ones of before.
+            others = sorted((old for old in self.path.glob("step_*.npz") if old != path), key=lambda old: old.stat().st_mtime_ns)
+            for old in others[: max(0, len(others) + 1 - MAX_KEPT)]:
                 old.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             # The shards may have been replaced meanwhile; a diagnosis must not end the run.

@@ -147,8 +147,14 @@ def test_progress_in_a_log_file_is_lines() -> None:
 
 def test_the_benchmark_prints_json() -> None:
     root = Path(sysconfig.get_path("stdlib")) / "json"
-    arguments = ("--root", root, "--megabytes", 1, "--vocab-size", 300, "--workers", 1, "--repetitions", 1)
+    arguments = ("--roots", root, "--megabytes", 1, "--vocab-size", 300, "--workers", 1, "--repetitions", 1)
     line = [command()[0], "-m", "data_tools.benchmark", *map(str, arguments)]
     result = json.loads(subprocess.run(line, env=ENVIRONMENT, capture_output=True, check=True, timeout=100).stdout)
     assert result["tokenize"][0]["megabytes_per_cpu_s"] > 0
     assert result["reader"][0]["tokens_per_s"] > 0
+
+
+def test_the_examples_of_the_help_are_commands() -> None:
+    from data_tools.cli import EXAMPLE
+
+    assert all(line.startswith("  python -m data_tools ") for line in EXAMPLE.splitlines()[1:])

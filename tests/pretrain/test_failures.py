@@ -8,12 +8,14 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch.distributed as dist
 
+from pretrain.blackboard import Blackboard
 from pretrain.callbacks.signals import AGAIN_S
 from pretrain.lease import FOLDER, Owner
 from tests.pretrain.faults import Fault
 from tests.pretrain.forked import ForkedRun, _free_port
-from tests.pretrain.launch import TIMEOUT_S, TINY, started, training, wait_for_step
+from tests.pretrain.launch import TIMEOUT_S, TINY, journal, started, training, wait_for_step
 
 ARGUMENTS = [
     *("--train.micro_batch_size", 2, "--train.global_batch_size", 8, "--validation.samples", 8, "--train.steps", 100000),
@@ -105,7 +107,7 @@ class Silenced:
     def __call__(self, rank: int) -> None:
         from pretrain import watchdog
 
-        watchdog.SILENCE_S, watchdog.MAX_TICK_S = 3.0, 0.5
+        watchdog.SILENCE_S, watchdog.MAX_TICK_S = 5.0, 0.5
         Fault(self.rank, 4, "step", "stopped")(rank)
 
 
@@ -116,8 +118,53 @@ def test_a_rank_without_a_sign_of_life_ends_the_others_long_before_a_hang_would(
         other = process.processes[1 - silent]
         other.join(60)
         assert other.exitcode == 1, process.output
-        told = f"rank {1 - silent}: ends in step 4: computing, there was no sign of life for 3 s from rank {silent} ("
+        told = f"rank {1 - silent}: ends in step 4: computing, there was no sign of life for 5 s from rank {silent} ("
         assert told in process.output
+
+
+@dataclass(frozen=True)
+class Hasty:
+    """Ranks are given up soon."""
+
+    def __call__(self, rank: int) -> None:
+        from pretrain import watchdog
+
+        watchdog.SILENCE_S, watchdog.MAX_TICK_S, watchdog.STOPPED_S = 5.0, 0.5, 2.0
+
+
+def test_a_run_that_is_suspended_goes_on(shards, tmp_path):
+    """As Slurm does for jobs that must wait, node after node; longer than a hang and a silence may last."""
+    run = tmp_path / "run"
+    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.hang_timeout_s", 6]
+    with training(*arguments, before=Hasty()) as process:
+        wait_for_step(process, run, 3)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        reached = journal(run)[-1]["step"]
+        for one in process.processes:
+            os.kill(one.pid, signal.SIGCONT)
+            time.sleep(0.5)
+        # Two looks of the watchdog later.
+        wait_for_step(process, run, reached + 20)
+        time.sleep(2)
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(60)
+    assert process.returncode == 0 and "no sign of life" not in output and "no progress" not in output, output
+
+
+def test_processes_that_torchrun_starts_again_do_not_find_what_ended_those_before(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    first = Blackboard()
+    first.write("hang", "1")
+    first.write_state(3, {"beat": 1})
+    assert first.has("hang") and first.states([3, 4]) == {3: {"beat": 1}, 4: None} and first.states([]) == {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = Blackboard()
+    assert not again.has("hang") and again.states([3]) == {3: None}
+    del store
+    assert again.states([3]) == {} and not again.has("hang")
 
 
 @dataclass(frozen=True)
@@ -139,9 +186,9 @@ def test_what_may_take_its_time_is_no_hang(shards, tmp_path):
     run = tmp_path / "run"
     (run / FOLDER).mkdir(parents=True)
     (run / FOLDER / "000001.json").write_bytes(dataclasses.replace(Owner.here(), machine="elsewhere").encode())
-    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.steps", 2, "--train.hang_timeout_s", 5]
-    tracked = ["--tracking.enabled", "true", "--tracking.uri", f"http://127.0.0.1:{_free_port()}", "--tracking.drain_timeout_s", 7]
-    with training(*arguments, *tracked, before=Patient(7.0)) as process:
+    arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.steps", 2, "--train.hang_timeout_s", 6]
+    tracked = ["--tracking.enabled", "true", "--tracking.uri", f"http://127.0.0.1:{_free_port()}", "--tracking.drain_timeout_s", 8]
+    with training(*arguments, *tracked, before=Patient(8.0)) as process:
         output, _ = process.communicate(TIMEOUT_S)
     assert process.returncode == 0, output
     assert "which is gone: taking it over" in output and "MLflow does not take the metrics" in output and "no progress" not in output

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from pretrain.compare.load import load_runs
+from pretrain.tracking.record import RunRecord
 from tests.pretrain.finished import STEPS, Finished, start, uri
 from tests.pretrain.launch import TIMEOUT_S, losses
 
@@ -31,6 +32,10 @@ def _run(folder, shards, *more, processes=2) -> str:
 def test_2_processes_become(processes, more, unbroken, other_seed, shards, tmp_path):
     folder = tmp_path / "changed"
     shutil.copytree(unbroken.folder, folder)
+    # As if it had been moved: beside its original a copy is another run.
+    record = RunRecord.load(folder / "run")
+    record.directory = str(folder / "run")
+    record.save(folder / "run")
     shutil.rmtree(folder / "run" / "checkpoints" / f"step_{STEPS:08d}")
     shutil.rmtree(folder / "run" / "checkpoints" / f"milestone_{STEPS:08d}")
     output = _run(folder, shards, *more, processes=processes)

@@ -117,6 +117,15 @@ def test_plain_words_of_a_file_are_what_they_look_like(tmp_path):
     assert parse(["--config", str(file)]) == config
 
 
+def test_the_configuration_that_is_printed_is_the_one_that_was_said(tmp_path, capsys):
+    said = ["--tracking.tags.note", "a: b", "--train.steps", "7", "--spike.action", "off"]
+    with pytest.raises(SystemExit) as caught:
+        parse([*said, "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == parse(said)
+
+
 def test_the_base_of_all_wrong_configurations_is_right(shards, tmp_path):
     wrong.prepare(tmp_path)
     for in_file in (False, True):

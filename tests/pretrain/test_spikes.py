@@ -235,6 +235,9 @@ def test_the_last_batches_are_kept(shards, tmp_path):
     assert [path.name for path in sorted(folder.path.iterdir())] == [f"step_{step:08d}.npz" for step in range(4, 14)]
     with np.load(folder.path / "step_00000013.npz") as kept:
         assert kept["sample_ids"].shape == (4,) and kept["tokens"].shape == (4, 33)
+    # The run has gone back: an earlier step, and the last batch.
+    assert folder.keep(dataclasses.replace(report, step=2), 8).exists() and len(list(folder.path.iterdir())) == 10
+    assert not (folder.path / "step_00000004.npz").exists()
     # Other shards by now: told, and nothing half written stays.
     config.data.path = str(tmp_path / "gone")
     assert folder.keep(dataclasses.replace(report, step=14), 0) is None and len(list(folder.path.iterdir())) == 10

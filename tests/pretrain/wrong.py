@@ -157,10 +157,10 @@ def wrong_types(name: str) -> list[Raw]:
     """Written values that are no value of the field's type."""
     kind = LEAVES[name]
     texts = {
-        int: ["abc", "1.5", "1e3", "true", "[1]", "{a: 1}", "nan", "0x10", "1,000", "1" * 30],
+        int: ["!!float 5", "!x 5", "abc", "1.5", "1e3", "true", "[1]", "{a: 1}", "nan", "0x10", "1,000", "1" * 30],
         float: ["0600", "abc", "true", "[1]", "{a: 1}", "nan", ".nan", "inf", "-.inf", "1e999", "1,5", "0.1f"],
         bool: ["yes", "off", "tRuE", "maybe", "1", "0", "[true]", "tru", "2.0"],
-        str: ["5", "1.5", "true", "null", "[a]", "{a: b}", "1e-3"],
+        str: ["!x a", "5", "1.5", "true", "null", "[a]", "{a: b}", "1e-3"],
     }.get(_inner(kind), [])
     return [Raw(text) for text in [*texts, *([] if kind is not _inner(kind) or kind is str or not texts else ["null", "~"])]]
 
