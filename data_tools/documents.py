@@ -96,15 +96,9 @@ def open_sources(paths: list[Path]) -> list[Source]:
     sources = []
     for path in paths:
         if not path.is_file():
-            what = (
-                "is a folder, name its files (FOLDER/*.jsonl)"
-                if path.is_dir()
-                else "is no plain file"
-                if path.exists()
-                else "does not exist"
-            )
-            what += "" if path.is_dir() else ", check --input"
-            raise DataError(f"input {path} {what}")
+            if path.is_dir():
+                raise DataError(f"input {path} is a folder, name its files (FOLDER/*.jsonl)")
+            raise DataError(f"input {path} {'is no plain file' if path.exists() else 'does not exist'}, check --input")
         if not os.access(path, os.R_OK):
             raise DataError(f"input {path} cannot be read: check its permissions")
         suffix = path.suffix.lower()

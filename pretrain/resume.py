@@ -34,12 +34,11 @@ def load(engine: ZeroEngine, beginning: Beginning, directory: CheckpointDirector
 
 
 def _state(beginning: Beginning) -> TrainerState:
-    known = {field.name: type(getattr(TrainerState(), field.name)) for field in dataclasses.fields(TrainerState)}
-    wrong = [
-        name
-        for name, value in beginning.state.items()
-        if not isinstance(value, {float: (int, float)}.get(known.get(name), known.get(name, ())))
-    ]
+    """Raises ValueError for names and types that no version of this code has written."""
+    kinds = {name: type(value) for name, value in dataclasses.asdict(TrainerState()).items()}
+    # JSON writes 1.0 as it is, and other writers as 1.
+    allowed = {name: (int, float) if kind is float else kind for name, kind in kinds.items()}
+    wrong = [name for name, value in beginning.state.items() if not isinstance(value, allowed.get(name, ()))]
     if wrong:
         raise ValueError(f"{beginning.checkpoint}: trainer.json was not written by this project: its state has a wrong {', '.join(wrong)}")
     return TrainerState(**beginning.state)

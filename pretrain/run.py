@@ -39,6 +39,7 @@ from pretrain.validation.spikes import reach
 from pretrain.watchdog import Watchdog
 
 COLLECTIVE_MARGIN_S = 300.0
+LOOKING = "looking for a checkpoint to go on from"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -103,9 +104,6 @@ def _train(validated: Validated, device: torch.device, lease: Lease | None, owne
         except Refused as error:
             # The run has started long ago.
             raise Stopped(str(error)) from error
-
-
-LOOKING = "looking for a checkpoint to go on from"
 
 
 def _find(validated: Validated, checkpoints: CheckpointDirectory, progress: Progress) -> Beginning:

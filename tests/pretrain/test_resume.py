@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from data_tools.reader import TokenDataset
+from pretrain.going_on import Beginning
+from pretrain.resume import _state
 from tests.pretrain.launch import TIMEOUT_S, fail, journal, losses, signal_workers, started, train, train_command, training, wait_for_step
 
 STEPS = 20
@@ -154,3 +156,12 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):
     assert "rank 1" not in output, "what all ranks know is told once"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
     assert json.loads((run / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]["step"] == 2
+
+
+def test_a_state_that_nobody_here_has_written_is_refused_in_words():
+    state = {"step": 3, "consumed_samples": 24, "flops": 1, "recent_losses": [1.0]}
+    assert _state(Beginning(checkpoint=Path("here"), state=state)).consumed_samples == 24
+    with pytest.raises(
+        ValueError, match="here: trainer.json was not written by this project: its state has a wrong consumed_samples, more"
+    ):
+        _state(Beginning(checkpoint=Path("here"), state=state | {"consumed_samples": "24", "more": 1}))
