@@ -161,7 +161,5 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(shards, tmp_path):
 def test_a_state_that_nobody_here_has_written_is_refused_in_words():
     state = {"step": 3, "consumed_samples": 24, "flops": 1, "recent_losses": [1.0]}
     assert _state(Beginning(checkpoint=Path("here"), state=state)).consumed_samples == 24
-    with pytest.raises(
-        ValueError, match="here: trainer.json was not written by this project: its state has a wrong consumed_samples, more"
-    ):
+    with pytest.raises(ValueError, match="here: trainer.json was not written .* its state has a wrong consumed_samples, more"):
         _state(Beginning(checkpoint=Path("here"), state=state | {"consumed_samples": "24", "more": 1}))
