@@ -1,0 +1,101 @@
+"""RUN_DIR/slurm/attempts.jsonl: each start of the run by a Slurm job, and how it ended.
+
+One JSON object a line, appended: `begin` before the training processes start, `end` after them. A start without an end was killed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = "slurm"
+"""In the run directory: what jobs keep there."""
+NAME = "attempts.jsonl"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One start of the run."""
+
+    job: str
+    """Slurm's job id, or "" outside of Slurm."""
+    restart: int
+    """How often Slurm had started that job before."""
+    began: float
+    """Seconds since the epoch, of the job's first node."""
+    step: int
+    """Of the newest complete checkpoint then, 0 without one."""
+    nodes: list[str] = field(default_factory=list)
+    """Allocated."""
+    devices: int = 0
+    """Allocated: GPUs, or processes where there are none."""
+    processes: int = 0
+    """That train; fewer than `devices` where the batch does not divide."""
+    ended: float | None = None
+    """None: still running, or killed."""
+    ended_step: int | None = None
+    """Of the newest complete checkpoint at the end."""
+    outcome: str = ""
+    """finished, again (to be started once more), stopped (on purpose) or failed (for good); "" without an end."""
+    preempted: bool = False
+    """Slurm took the nodes back."""
+    reason: str = ""
+    """One sentence."""
+
+
+def path(run_directory: Path) -> Path:
+    return run_directory / FOLDER / NAME
+
+
+def begin(run_directory: Path, attempt: Attempt) -> None:
+    """Note a start. Raises OSError."""
+    names = ("job", "restart", "began", "step", "nodes", "devices", "processes")
+    _append(run_directory, {"event": "begin", **{name: getattr(attempt, name) for name in names}})
+
+
+def end(run_directory: Path, attempt: Attempt) -> None:
+    """Note the end of the start with the same job and restart. Raises OSError."""
+    names = ("job", "restart", "ended", "ended_step", "outcome", "preempted", "reason")
+    _append(run_directory, {"event": "end", **{name: getattr(attempt, name) for name in names}})
+
+
+def read(run_directory: Path) -> list[Attempt]:
+    """All starts, oldest first; none where there is no file. A torn or foreign line is left out. Raises OSError."""
+    found: list[Attempt] = []
+    known = {item.name for item in dataclasses.fields(Attempt)}
+    for line in _lines(path(run_directory)):
+        values = {name: value for name, value in line.items() if name in known}
+        with contextlib.suppress(TypeError, KeyError):
+            if line["event"] == "begin":
+                found.append(Attempt(**values))
+            elif found and (found[-1].job, found[-1].restart) == (line["job"], line["restart"]):
+                found[-1] = dataclasses.replace(found[-1], **values)
+    return found
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        content = file.read_text(errors="replace")
+    except FileNotFoundError:
+        return
+    for text in content.splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and line.get("format_version") == FORMAT_VERSION:
+                yield line
+
+
+def _append(run_directory: Path, line: dict[str, Any]) -> None:
+    file = path(run_directory)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A line that a kill cut short stays a line of its own.
+    torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+    with file.open("a") as out:
+        out.write(("\n" if torn else "") + json.dumps({"format_version": FORMAT_VERSION, **line}) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
