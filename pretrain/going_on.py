@@ -19,6 +19,7 @@ from pretrain.checkpoint.directory import CheckpointDirectory, step_of
 from pretrain.checkpoint.files import damage
 from pretrain.config import PretrainConfig
 from pretrain.identity import NUMERICS_VERSION, define, differences
+from pretrain.run_directory import STOP_NAME
 from pretrain.start import source
 
 
@@ -82,7 +83,12 @@ def beginning(
 
 
 def resume_problem(config: PretrainConfig, directory: CheckpointDirectory) -> str | None:
-    """What `resume` asks for and the run directory does not hold. Raises OSError where it cannot be read."""
+    """What keeps the run from beginning or going on: the switch STOP; or what `resume` asks for and the run directory does not hold.
+
+    Raises OSError where it cannot be read.
+    """
+    if (stop := config.run_directory / STOP_NAME).exists():
+        return f"{stop} is there, which stops the run: remove it to train on"
     published = config.resume != "auto" and directory.published()
     if config.resume == "never" and published:
         return f"{directory.path} holds checkpoints and resume=never: choose another output_dir, or leave resume out"

@@ -13,8 +13,11 @@ PROBE_BYTES = 64 << 10
 WRITTEN = (
     "config.yaml", "run.json", "metrics.jsonl", "metrics.discarded.jsonl", "system.jsonl", "shipped.json", "run_id", "rollbacks.json",
 )  # fmt: skip
-FOLDERS = ("checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner")
+FOLDERS = ("checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner", "slurm", "code")
 """What a run writes in its directory, and what must be writable where it is there already."""
+
+STOP_NAME, SAVE_NAME = "STOP", "SAVE"
+"""Switches that a user sets (pretrain.callbacks.switches)."""
 
 
 def problems(directory: Path, field: str = "output_dir") -> list[str]:

@@ -56,6 +56,7 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
     A rank that fails by itself, say on a machine that lacks a file, still says so after its wait.
     """
+    from pretrain.job import outcome
     from pretrain.launcher import rank as rank_of_launcher
 
     rank = rank_of_launcher()
@@ -65,6 +66,7 @@ def _refuse(error: Exception, status: int = 2) -> int:
         time.sleep(3)
     prefix = f"error (rank {rank}): " if rank else "error: "
     print(*(prefix + line for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
+    outcome.write(status, " ".join(str(error).split()))
     return status
 
 

@@ -98,6 +98,7 @@ class Trainer:
         self.progress, self.callbacks = progress, callbacks
         self.batches = progress.reading(batches, then="computing")
         self.stop_reason: str | None = None
+        self.save_requested = False
 
     @property
     def finished(self) -> bool:
@@ -111,6 +112,10 @@ class Trainer:
     def request_stop(self, reason: str) -> None:
         """Leave the loop after the present step. Must be called on every rank."""
         self.stop_reason = reason
+
+    def request_save(self) -> None:
+        """Save a checkpoint after the present step, and go on. Must be called on every rank."""
+        self.save_requested = True
 
     def fit(self) -> None:
         while not self.finished and self.stop_reason is None:

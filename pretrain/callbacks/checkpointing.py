@@ -83,9 +83,11 @@ class SaveCheckpoints(Callback):
         self.owed |= {kind for kind, interval in intervals.items() if _is_due(report.step, interval)}
         if report.failure is not None:
             return []
-        if trainer.at_end:
+        if trainer.at_end or trainer.save_requested:
             self.owed.add("step")
-        elif trainer.state.skipped_in_a_row or 0 < trainer.state.high_losses < self.run.config.spike.patience:
+            trainer.save_requested = False
+        unclear = trainer.state.skipped_in_a_row or 0 < trainer.state.high_losses < self.run.config.spike.patience
+        if unclear and not trainer.at_end:
             return []
         due: list[Kind] = [kind for kind in KINDS if kind in self.owed]
         self.owed.clear()

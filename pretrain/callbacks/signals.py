@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save a checkpoint, leave."""
+"""SIGTERM, SIGUSR1, Ctrl-C and the file RUN_DIR/STOP: finish the step, save a checkpoint, leave. RUN_DIR/SAVE: save, and go on."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from pretrain.callbacks.switches import SAVE, STOP, Switches
+from pretrain.run_directory import SAVE_NAME, STOP_NAME
 from pretrain.trainer import Callback, StepReport, Trainer
 from pretrain.watchdog import Watchdog
 
@@ -29,9 +31,11 @@ class StopOnSignal(Callback):
 
     doing = "agreeing on signals"
 
-    def __init__(self, device: torch.device, watchdog: Watchdog):
-        self.received = 0
-        self.flag = torch.zeros((), dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, watchdog: Watchdog, switches: Switches | None = None):
+        """switches: rank 0's."""
+        self.received, self.switches = 0, switches
+        self.asked = torch.zeros(2, dtype=torch.int32, device=device)
+        """Signal and switch."""
         self.watchdog = watchdog
         self._asked: float | None = None
         self._numbers, descriptor = os.pipe()
@@ -77,8 +81,15 @@ class StopOnSignal(Callback):
             print(text, flush=True)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        self.flag.fill_(self.received)
-        dist.all_reduce(self.flag, op=dist.ReduceOp.MAX)
-        agreed = int(self.flag.item())
-        if agreed and not trainer.finished:
-            trainer.request_stop(signal.Signals(agreed).name)
+        self.asked[0], self.asked[1] = self.received, self.switches.look() if self.switches is not None else 0
+        dist.all_reduce(self.asked, op=dist.ReduceOp.MAX)
+        number, switch = self.asked.tolist()
+        if trainer.finished:
+            return
+        if number:
+            trainer.request_stop(signal.Signals(number).name)
+        elif switch == STOP:
+            trainer.request_stop(f"{STOP_NAME} is there")
+        elif switch == SAVE:
+            self._tell(f"{SAVE_NAME}: saving a checkpoint after step {report.step}")
+            trainer.request_save()

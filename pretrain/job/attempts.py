@@ -26,6 +26,8 @@ class Attempt:
     """Slurm's job id, or "" outside of Slurm."""
     restart: int
     """How often Slurm had started that job before."""
+    chain: str = ""
+    """What jobs that go on from each other have in common."""
     began: float
     """Seconds since the epoch, of the job's first node."""
     step: int
@@ -54,7 +56,7 @@ def path(run_directory: Path) -> Path:
 
 def begin(run_directory: Path, attempt: Attempt) -> None:
     """Note a start. Raises OSError."""
-    names = ("job", "restart", "began", "step", "nodes", "devices", "processes")
+    names = ("job", "restart", "chain", "began", "step", "nodes", "devices", "processes")
     _append(run_directory, {"event": "begin", **{name: getattr(attempt, name) for name in names}})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformer-engine", "triton", "mlflow", "webdataset", "numpy")
 GIT_TIMEOUT_S = 10.0
+CODE_RECORD = "code.json"
+"""At the top of a copy of the code without its git checkout: where it comes from (pretrain.job.snapshot)."""
 
 
 def collect_environment() -> dict[str, str]:
     """Flat names and values that describe the machine and the code; never raises.
 
-    `git.commit` and `git.dirty` are there when the sources lie in a git checkout, `slurm.*` inside a Slurm job, `cuda` and
-    `devices` once torch has been imported by the caller (importing it here would cost seconds for nothing).
+    `git.commit` and `git.dirty` are there when the sources lie in a git checkout or a job's copy of one, `slurm.*` inside a Slurm
+    job, `cuda` and `devices` once torch has been imported by the caller (importing it here would cost seconds for nothing).
     """
     return {
         **_git(Path(__file__).resolve().parent),
@@ -48,6 +51,10 @@ SLURM_VARIABLES = (
 
 
 def _git(folder: Path) -> dict[str, str]:
+    copied = _copied(folder)
+    if copied:
+        return copied
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S).stdout.strip()
@@ -57,6 +64,14 @@ def _git(folder: Path) -> dict[str, str]:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _copied(folder: Path) -> dict[str, str]:
+    try:
+        record = json.loads((folder.parents[1] / CODE_RECORD).read_text())
+        return {name: str(record[name]) for name in ("git.commit", "git.dirty") if name in record}
+    except (OSError, ValueError, TypeError):
         return {}
 
 

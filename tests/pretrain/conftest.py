@@ -1,29 +1,11 @@
-import json
 import shutil
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from data_tools.cli import main as data_tools
 from pretrain.tracking.store import connect
 from tests.pretrain.finished import Finished, start, uri
 from tests.pretrain.launch import TIMEOUT_S
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """Real shards: pieces of the standard library, a vocabulary of 512, about 8,000 training tokens. Many small documents, so
-    that the split, which a hash of each text decides, gives about as many tokens with another Python."""
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]]
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text[:340]}) + "\n" for text in texts))
-    tokenizer, shards = folder / "tokenizer", folder / "shards"
-    assert data_tools(["train-tokenizer", "--input", str(corpus), "--vocab-size", "512", "--output", str(tokenizer)]) == 0
-    command = ["tokenize", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(shards)]
-    assert data_tools([*command, "--validation-fraction", "0.3", "--workers", "1"]) == 0
-    return shards
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,154 @@
+# shellcheck shell=bash
+# Inside of a job: from the allocation to running training processes.
+
+nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+# Training processes of a node.
+processes() {
+  local count=${QSPARSE_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+  [[ $count =~ ^[1-9][0-9]*$ ]] || die "this job has no GPUs: ask for some (--gpus-per-node), or set QSPARSE_PROCESSES_PER_NODE"
+  echo "$count"
+}
+
+# FLAGS: what pretrain.train is told. The user's own flags win.
+training_flags() {
+  local name=$1 config=$2 run
+  shift 2
+  FLAGS=("$@")
+  has_flag data.path || [ -z "${QSPARSE_DATA:-}" ] || FLAGS=(--data.path "$QSPARSE_DATA" "${FLAGS[@]}")
+  if [ -n "${QSPARSE_RUNS:-}" ] && ! has_flag output_dir; then
+    run=$(flag tracking.run_name)
+    FLAGS=(--output_dir "$QSPARSE_RUNS/${run:-$name}" "${FLAGS[@]}")
+  fi
+  has_flag config || FLAGS=(--config "$CODE/pretrain/configs/$config" "${FLAGS[@]}")
+}
+
+has_flag() {
+  local flag
+  for flag in "${FLAGS[@]}"; do [[ $flag == --$1 || $flag == --$1=* ]] && return; done
+  return 1
+}
+
+# Value of the last flag of that name.
+flag() {
+  local i value=""
+  for i in "${!FLAGS[@]}"; do
+    [[ ${FLAGS[i]} == --$1=* ]] && value=${FLAGS[i]#*=}
+    [[ ${FLAGS[i]} == --$1 ]] && value=${FLAGS[i + 1]:-}
+  done
+  echo "$value"
+}
+
+# CODE, the run's own copy of the code: made at its first start, or by UPDATE_CODE=1.
+take_code() {
+  local answer
+  answer=$(inside python -m pretrain.job directory -- "${FLAGS[@]}") || leave $?
+  eval "$answer"
+  answer=$(inside python -m pretrain.job code --source "$ORIGIN" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave $?
+  eval "$answer"
+  if ! { mkdir -p "$(jobs_folder)" && echo "$RUN_DIRECTORY" >"$(jobs_folder)/$JOB_KEY"; } 2>/dev/null; then
+    say "warning: $(jobs_folder) cannot be written: this job's next start begins with the code of $ORIGIN"
+  fi
+}
+
+# Where a start that comes later finds the run of a job.
+jobs_folder() { echo "${QSPARSE_RUNS:-${SLURM_SUBMIT_DIR:-$PWD}/runs}/.jobs"; }
+
+# The code that this job, or one before it in its chain, has begun with; else the checkout's.
+known_code() {
+  local run
+  if [ -z "${UPDATE_CODE:-}" ] && run=$(cat "$(jobs_folder)/$JOB_KEY" 2>/dev/null) && [ -d "$run/code/slurm" ]; then
+    echo "$run/code"
+  else
+    echo "$REPOSITORY"
+  fi
+}
+
+# Whether to train, and on how many of the nodes; sets TRAIN_NODES, STEP, STEPS, START_DIRECTORY, QSPARSE_OUTCOME, ...
+begin() {
+  local answer
+  PROCESSES=$(processes) || return 2
+  answer=$(inside python -m pretrain.job begin --job "$SLURM_JOB_ID" --restart "$SLURM_RESTART_COUNT" --chain "$JOB_KEY" \
+    --tries "${QSPARSE_TRIES:-3}" --nodes "$(nodes | paste -sd' ')" --processes-per-node "$PROCESSES" -- "${FLAGS[@]}") || return
+  eval "$answer"
+  export QSPARSE_OUTCOME CUDA_DEVICE_MAX_CONNECTIONS
+  [ -n "$CUDA_DEVICE_MAX_CONNECTIONS" ] || unset CUDA_DEVICE_MAX_CONNECTIONS
+  if [ -n "$JOURNAL_ONLY" ]; then
+    FLAGS+=(--tracking.enabled false)
+    say "no MLFLOW_TRACKING_URI: metrics stay in $RUN_DIRECTORY; ship them with: python -m pretrain.tracking sync $RUN_DIRECTORY"
+  fi
+}
+
+# MASTER_ADDR and MASTER_PORT: torchrun would look for an address that does not resolve for many minutes.
+rendezvous() {
+  local head
+  head=$(nodes | head -n 1)
+  MASTER_ADDR=${MASTER_ADDR:-$(address_of "$head")}
+  MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))} # below the ports that Linux gives to outgoing connections
+  if ! getent hosts "$MASTER_ADDR" >/dev/null; then
+    refuse "MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname): unset it, or set it to an address of $head that all nodes know"
+  fi
+  export MASTER_ADDR MASTER_PORT
+}
+
+# A node's name where it resolves, else what Slurm reaches it by.
+address_of() {
+  if getent hosts "$1" >/dev/null; then
+    echo "$1"
+  else
+    scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+  fi
+}
+
+# What the training processes of every node find in their environment, and why.
+node_environment() {
+  local cache
+  cache="$(scratch)/qsparse-$(id -un)"
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                                           # a failure says why
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}   # a collective without its peer ends, not waits
+  export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}                                  # 17 s: a link that flaps ends nothing
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # less lost between blocks of memory
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                                   # processes share the cores
+  export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1                                 # a crash shows its stack, the log is up to date
+  # Compute nodes have no internet: what would look there waits for minutes or fails.
+  export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+  export DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true HF_HUB_DISABLE_TELEMETRY=1
+  # Home is shared: its locks are slow, and nodes would replace each other's files.
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor} CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$cache/cuda}
+  export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib} XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache/xdg}
+  export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  export START_DIRECTORY TRAIN_NODES PROCESSES
+  export QSPARSE_PREBUILT=${QSPARSE_PREBUILT:-$ORIGIN/.prebuilt} QSPARSE_CACHE=$cache
+  # sbatch's own are not inherited by srun since Slurm 22.05.
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+}
+
+# What Slurm knows of this start, beside environment.txt and packages.txt.
+record_nodes() {
+  { scontrol show job "$SLURM_JOB_ID" && scontrol show node "$SLURM_JOB_NODELIST"; } >"$START_DIRECTORY/nodes.txt" || true
+  { command -v nvidia-smi >/dev/null && nvidia-smi >"$START_DIRECTORY/nvidia-smi.txt"; } || true
+}
+
+# srun with what every step on the training nodes needs: on_nodes TASKS_PER_NODE [options] command
+on_nodes() {
+  local tasks=$1
+  shift
+  srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
+    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=1 --wait=300 --cpu-bind=none --export=ALL "${CONTAINER[@]}" "$@"
+}
+
+# The training processes; STEP_PID is srun's.
+launch() {
+  local before=() script=node tasks=1
+  mapfile -t before < <(wrapper)
+  case ${LAUNCHER:=torchrun} in
+    torchrun) ;;
+    srun) script=rank tasks=$PROCESSES ;;
+    *) refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun" ;;
+  esac
+  say "training from step $STEP of $STEPS: $TRAIN_NODES nodes x $PROCESSES processes, started by $LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
+  mkdir -p "$START_DIRECTORY/ranks"
+  on_nodes "$tasks" "${before[@]}" bash "$CODE/slurm/lib/$script.sh" "${FLAGS[@]}" &
+  STEP_PID=$!
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# On each node, once: torchrun, which starts the node's training processes. Arguments are theirs.
+set -euo pipefail
+# The signal is for the training processes, which finish their step; it would kill torchrun, and them with it.
+trap "" USR1
+source "$(dirname "${BASH_SOURCE[0]}")/caches.sh"
+local_address=()
+# Without it workers of other nodes look for the full name of this host, which some of them cannot resolve.
+getent hosts "$SLURMD_NODENAME" >/dev/null && local_address=(--local-addr "$SLURMD_NODENAME")
+exec python -m torch.distributed.run --nnodes "$TRAIN_NODES" --nproc-per-node "$PROCESSES" --max-restarts 0 \
+  --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.$SLURM_RESTART_COUNT" \
+  "${local_address[@]}" --log-dir "$START_DIRECTORY/ranks" --tee 3 --role "$SLURMD_NODENAME:" -m pretrain.train "$@"
