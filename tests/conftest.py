@@ -1,6 +1,7 @@
 """Options, and the processes that all tests of this session share."""
 
 import json
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from data_tools.cli import main as data_tools
+from pretrain.tracking.store import connect
 from tests.distributed import Pool
+from tests.pretrain.finished import Finished, start, uri
+from tests.pretrain.launch import TIMEOUT_S
 
 
 def pytest_addoption(parser):
     parser.addoption("--invariance-table", metavar="FILE", help="write what tests/parallel/test_invariance.py measured, as markdown")
+    parser.addoption("--slurm-log", metavar="FILE", help="write how long the jobs of tests/slurm took to go on, as markdown")
     parser.addoption("--kill-log", metavar="FILE", help="write what tests/pretrain/test_killed.py went through, as markdown")
 
 
@@ -36,3 +41,21 @@ def shards(tmp_path_factory) -> Path:
     command = ["tokenize", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(shards)]
     assert data_tools([*command, "--validation-fraction", "0.3", "--workers", "1"]) == 0
     return shards
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory) -> Path:
+    """MLflow's, with its tables: making them takes longer than training."""
+    folder = tmp_path_factory.mktemp("database")
+    connect(uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def unbroken(shards, database, tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copy(database, folder)
+    with start(folder, shards) as process:
+        output, _ = process.communicate(TIMEOUT_S)
+    assert process.returncode == 0, output
+    return Finished.read(folder)

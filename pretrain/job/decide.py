@@ -50,10 +50,8 @@ def give_up(count: int, tries: int, step: int) -> str | None:
     """Why there is no further start; None where there is one."""
     if count < tries:
         return None
-    where = f"the newest complete checkpoint is of step {step}" if step else "there is no complete checkpoint yet"
-    return (
-        f"{count} starts in a row ended without a new checkpoint ({where}): not started again; mend the cause and submit the job once more"
-    )
+    where = f"the newest complete one is of step {step}" if step else "there is none yet"
+    return f"{count} starts in a row ended without a new checkpoint ({where}): not started again; mend the cause, then submit the job anew"
 
 
 def after(
@@ -71,9 +69,8 @@ def after(
         return Decision("stopped", f"{stop} is there: remove it and submit the job again to train on from step {step}")
     if said is not None:
         return Decision("failed", said.message)
-    why = (
-        f"{signalled} at step {step}" if signalled else f"the training processes ended with status {status}; newest checkpoint: step {step}"
-    )
+    ended = f"{signalled} came" if signalled else f"the training processes ended with status {status}"
+    why = f"{ended}; the newest complete checkpoint is of step {step}"
     if signalled == "TERM":
         return Decision("again", why)
     if given_up := give_up(starts_without_progress(attempts, chain, step), tries, step):

@@ -132,10 +132,12 @@ record_nodes() {
 
 # srun with what every step on the training nodes needs: on_nodes TASKS_PER_NODE [options] command
 on_nodes() {
-  local tasks=$1
+  local tasks=$1 bind=()
   shift
+  # Processes choose their cores themselves; a cluster that binds nothing warns of the option.
+  [[ $(cluster_setting TaskPlugin) == task/none ]] || bind=(--cpu-bind=none)
   srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
-    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=1 --wait=300 --cpu-bind=none --export=ALL "${CONTAINER[@]}" "$@"
+    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=1 --wait=300 "${bind[@]}" --export=ALL "${CONTAINER[@]}" "$@"
 }
 
 # The training processes; STEP_PID is srun's.

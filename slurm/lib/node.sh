@@ -9,4 +9,4 @@ local_address=()
 getent hosts "$SLURMD_NODENAME" >/dev/null && local_address=(--local-addr "$SLURMD_NODENAME")
 exec python -m torch.distributed.run --nnodes "$TRAIN_NODES" --nproc-per-node "$PROCESSES" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID.$SLURM_RESTART_COUNT" \
-  "${local_address[@]}" --log-dir "$START_DIRECTORY/ranks" --tee 3 --role "$SLURMD_NODENAME:" -m pretrain.train "$@"
+  "${local_address[@]}" --log-dir "$START_DIRECTORY/ranks/$SLURMD_NODENAME" --tee 3 --role "$SLURMD_NODENAME:" -m pretrain.train "$@"

@@ -160,7 +160,8 @@ continue_why() {
   fi
 }
 
-job_requeue() { timeout 30 scontrol show config | sed -n 's/^JobRequeue *= *//p'; }
+job_requeue() { cluster_setting JobRequeue; }
+cluster_setting() { timeout 30 scontrol show config | sed -n "s/^$1 *= *//p" | head -n 1; }
 
 # Names of nodes that the look before training has found bad, one a line.
 bad_nodes() { cat "$START_DIRECTORY/preflight/bad" 2>/dev/null || true; }

@@ -50,6 +50,13 @@ class Finished:
             {name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in names},
         )  # fmt: skip
 
+    def differences(self, other: "Finished") -> list[str]:
+        """What is not the same in both, bit for bit."""
+        names = ("metrics", "samples", "record", "checkpoints", "shipped")
+        found = [name for name in names if getattr(self, name) != getattr(other, name)]
+        equal = self.tensors.keys() == other.tensors.keys() and all(torch.equal(self.tensors[n], other.tensors[n]) for n in self.tensors)
+        return found + ([] if equal else ["tensors"])
+
 
 def uri(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"

@@ -1,0 +1,139 @@
+"""Jobs that are signalled, preempted, lose a node or fail go on by themselves, and their run is the unbroken one bit for bit."""
+
+import time
+
+import pytest
+
+from pretrain.job import attempts
+from tests.pretrain.finished import Finished
+from tests.slurm.jobs import flags, submit, tracked
+
+WAITS_AT_5 = "0 wait 5 0"
+"""Rank 0, before step 5 of the first start."""
+
+
+def start(cluster, folder, shards, database, *more, **options):
+    env = tracked(folder, database, TEST_FAULT=options.pop("fault", WAITS_AT_5)) | options.pop("env", {})
+    return submit(cluster, folder, *flags(folder, shards, *more), env=env, **options)
+
+
+def test_requeued_before_the_time_limit(cluster, shards, database, unbroken, tmp_path, slurm_log):
+    job = start(cluster, tmp_path, shards, database)
+    job.until_waiting()
+    job.signal("--batch", "--signal=USR1")
+    job.until_said("USR1: the training processes are to finish")
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    log = job.finish()
+    assert "SIGUSR1: checkpoint saved after step 5" in log and "going on after step 5" in log
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    slurm_log("USR1, requeued", job, went_on_after=5)
+
+
+def test_preempted(cluster, shards, database, unbroken, tmp_path, slurm_log):
+    job = start(cluster, tmp_path, shards, database)
+    job.until_waiting()
+    job.times["signal"] = time.time()
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "-o", "/dev/null", "--wrap", "srun true", cwd=tmp_path)
+    job.until_said("TERM: the training processes are to finish")
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    assert cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    log = job.finish()
+    assert "going on after step 5" in log and "Slurm has put the job back into the queue" in log
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    assert attempts.read(job.run)[0].preempted
+    slurm_log("preempted", job, went_on_after=5)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_node_dies(moment, cluster, shards, database, unbroken, tmp_path, slurm_log):
+    # Rank 1, on the second node; the save is that after step 3.
+    job = start(cluster, tmp_path, shards, database, fault="1 wait 5 0" if moment == "step" else "1 save 0 0")
+    job.until_waiting()
+    job.times["signal"] = time.time()
+    cluster.kill_node(cluster.client("scontrol", "show", "hostnames", cluster.job(job.id)["NodeList"]).split()[1])
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    log = job.finish()
+    step = 3 if moment == "step" else 0
+    assert ("going on after step 3" in log) == bool(step)
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    slurm_log(f"a node killed during a {moment}", job, went_on_after=step)
+
+
+@pytest.mark.slurm
+def test_time_limit(cluster, shards, database, unbroken, tmp_path, slurm_log):
+    """Slurm's own signal, long before the end of the shortest time limit that there is."""
+    job = start(cluster, tmp_path, shards, database, options=("--nodes=2", "--time=1", "--signal=B:USR1@45"))
+    job.until_waiting()
+    job.until_said("USR1: the training processes are to finish", timeout=100)
+    job.times["signal"] = time.time()
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    slurm_log("time limit near", job, went_on_after=5)
+
+
+@pytest.mark.slurm
+def test_a_rank_fails(cluster, shards, database, unbroken, tmp_path, slurm_log):
+    job = start(cluster, tmp_path, shards, database, fault="1 raise 5 0")
+    job.until(lambda: job.restarts() == 1, "requeued")
+    log = job.finish()
+    assert "failed in step 4: between two steps" in log or "ArithmeticError: a fault of this test" in log
+    assert "again: the training processes ended with status 1; the newest complete checkpoint is of step 3" in log
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    slurm_log("a rank failed", job, went_on_after=3)
+
+
+@pytest.mark.slurm
+def test_a_rank_fails_at_the_same_step_each_time(cluster, shards, database, tmp_path):
+    job = start(cluster, tmp_path, shards, database, fault="1 raise 5 *")
+    found = job.wait()
+    assert found["JobState"] == "FAILED" and job.restarts() == 3, job.log
+    assert "failed: 3 starts in a row ended without a new checkpoint (the newest complete one is of step 3)" in job.log
+    assert [attempt.outcome for attempt in attempts.read(job.run)] == ["again", "again", "again", "failed"]
+
+
+@pytest.mark.slurm
+def test_srun_starts_every_rank(cluster, shards, database, unbroken, tmp_path):
+    job = start(cluster, tmp_path, shards, database, env={"LAUNCHER": "srun"})
+    job.until_waiting()
+    job.signal("--batch", "--signal=USR1")
+    job.until_said("USR1: the training processes are to finish")
+    job.go_on()
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    assert "step 12/12" in (job.run / "slurm" / f"{job.id}.1" / "ranks" / "0.log").read_text()
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("how", ["array", "singleton"])
+def test_goes_on_in_another_job(how, cluster, shards, database, unbroken, tmp_path):
+    options = ("--nodes=2", *(["--array=1-3%1"] if how == "array" else []))
+    job = start(cluster, tmp_path, shards, database, options=options, fault="0 wait 5 0", env={"CONTINUE": how} if how == "singleton" else {})
+    job.until_waiting()
+    first = cluster.client("squeue", "-h", "-t", "RUNNING", "-o", "%A").strip()
+    cluster.client("scancel", "--batch", "--signal=USR1", first)
+    job.until_said("USR1: the training processes are to finish")
+    job.go_on()
+    deadline = time.monotonic() + 100
+    while "finished: all 12 steps are done" not in job.log:
+        assert time.monotonic() < deadline, job.log
+        time.sleep(0.2)
+    while cluster.client("squeue", "-h").strip():
+        assert time.monotonic() < deadline, cluster.client("squeue")
+        time.sleep(0.2)
+    assert "going on after step 5" in job.log
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    assert len(attempts.read(job.run)) == 2 and {attempt.restart for attempt in attempts.read(job.run)} == {0}
+
+
+@pytest.mark.slurm
+def test_other_numbers_of_nodes(cluster, shards, database, tmp_path, slurm_log):
+    """3 nodes, 2, and 3 again: the samples of every step are those of the run on one process."""
+    more = ("--train.micro_batch_size", 2, "--train.global_batch_size", 24, "--train.precision", "fp32")
+    job = start(cluster, tmp_path, shards, database, *more, options=("--nodes=2-3",), fault="0 wait 5 0")
+    assert job
