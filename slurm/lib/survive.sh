@@ -29,11 +29,11 @@ on_signal() {
   [ -z "$STEP_PID" ] || [ -n "$SENDER" ] || send_signal
 }
 
-# To the processes of the steps, not to this script; again and again, since one that only starts does not listen yet.
+# To the processes of the steps, not to this script; again and again, since one that only starts does not listen yet. It ends with the
+# step: a signal that is late must not reach the job's next start.
 send_signal() {
   (
-    trap - USR1 TERM
-    while :; do
+    while kill -0 "$STEP_PID" 2>/dev/null; do
       timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID" || true
       sleep 10
     done
