@@ -2,6 +2,7 @@
 # Sourced by the scripts in this folder: what surrounds a run on a Slurm cluster. README.md explains it, site.env the settings.
 #
 #   pretrain NAME CONFIG [flags]   submit; inside of a job: start, wait, go on
+#   tool COMMAND ...               the same for a command that does not train
 #
 # What can be decided without Slurm is decided by `python -m pretrain.job`.
 set -euo pipefail
@@ -10,6 +11,8 @@ SLURM_FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Where this code lies: the checkout, or a run's own copy of it, of which the checkout is the origin.
 REPOSITORY=$(dirname "$SLURM_FOLDER")
 ORIGIN=${ORIGIN:-$REPOSITORY}
+# What the script was called with.
+[ -n "${ARGUMENTS+set}" ] || ARGUMENTS=("$@")
 # shellcheck source=lib/site.sh
 source "$SLURM_FOLDER/lib/site.sh"
 # shellcheck source=lib/submit.sh
@@ -20,6 +23,8 @@ source "$SLURM_FOLDER/lib/launch.sh"
 source "$SLURM_FOLDER/lib/preflight.sh"
 # shellcheck source=lib/survive.sh
 source "$SLURM_FOLDER/lib/survive.sh"
+# shellcheck source=lib/tools.sh
+source "$SLURM_FOLDER/lib/tools.sh"
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() {
@@ -47,7 +52,6 @@ pretrain() {
 run_job() {
   local name=$1 config=$2 status=0
   shift 2
-  ARGUMENTS=("$@")
   watch_signals
   enter_environment
   training_flags "$name" "$config" "$@"

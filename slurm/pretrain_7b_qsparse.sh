@@ -13,8 +13,8 @@
 #SBATCH --output=%x-%j.out
 
 # Slurm runs a copy of this file in a folder of its own.
-SCRIPT=$0
-[ -e "$(dirname "$SCRIPT")/lib.sh" ] || SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-source "$(dirname "$SCRIPT")/lib.sh"
+JOB_SCRIPT=$0
+[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+source "$(dirname "$JOB_SCRIPT")/lib.sh"
 
 pretrain 7b_qsparse 7b_qsparse.yaml "$@"

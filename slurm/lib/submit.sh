@@ -1,45 +1,52 @@
 # shellcheck shell=bash
 # Outside of a job: submit this very script. DRY_RUN=1 shows instead what would happen.
 
+# submit NAME CONFIG [flags]: a run.
 submit() {
-  local name=$1 config=$2 options=()
+  local name=$1 config=$2
   shift 2
+  if [ -n "${DRY_RUN:-}" ]; then
+    show_submission
+    CODE=$REPOSITORY
+    enter_environment
+    training_flags "$name" "$config" "$@"
+    show_run
+  fi
+  submit_script
+}
+
+# This script with its arguments; with DRY_RUN=1 only whether Slurm would take it.
+submit_script() {
+  local options=()
   command -v sbatch >/dev/null || die "there is no sbatch on $(hostname): submit from a login node of a Slurm cluster"
   read -ra options <<<"${QSPARSE_SBATCH:-}"
   if [ -n "${DRY_RUN:-}" ]; then
-    dry_run "$name" "$config" "${options[@]}" -- "$@"
-  else
-    exec sbatch "${options[@]}" "$SCRIPT" "$@"
+    echo "sbatch --test-only"
+    exec sbatch --test-only "${options[@]}" "$JOB_SCRIPT" "${ARGUMENTS[@]}"
   fi
+  exec sbatch "${options[@]}" "$JOB_SCRIPT" "${ARGUMENTS[@]}"
 }
 
-# dry_run NAME CONFIG [sbatch options] -- [flags]
-dry_run() {
-  local name=$1 config=$2 options=() nodes devices status=0
-  shift 2
-  while [ "$1" != -- ]; do options+=("$1") && shift; done
-  shift
-  CODE=$REPOSITORY
-  enter_environment
-  training_flags "$name" "$config" "$@"
-  nodes=$(requested nodes "${options[@]}") devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node "${options[@]}")}
-  echo "would run: sbatch${options[*]:+ ${options[*]}} $SCRIPT $*"
-  env | grep -E '^(SBATCH|QSPARSE|MLFLOW|LAUNCHER|PREFLIGHT|CONTINUE)' | sort | sed 's/^/  /' || true
+show_submission() {
+  echo "would run: sbatch${QSPARSE_SBATCH:+ $QSPARSE_SBATCH} $JOB_SCRIPT ${ARGUMENTS[*]}"
+  env | grep -E '^(SBATCH_|QSPARSE_|MLFLOW_|LAUNCHER=|PREFLIGHT=|CONTINUE=|UPDATE_CODE=)' | sort | sed 's/^/  /' || true
   echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
+}
+
+# The plan, for the nodes and devices that would be asked for.
+show_run() {
+  local nodes devices
+  nodes=$(requested nodes) devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node)}
   echo
   echo "the plan, $nodes nodes of $devices processes"
-  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes%%-*} * devices)) || status=$?
+  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes##*-} * devices)) || exit
   echo
-  echo "sbatch --test-only"
-  sbatch --test-only "${options[@]}" "$SCRIPT" "$@" || status=$?
-  return "$status"
 }
 
-# What sbatch would take for an option: the last one of the command line, else the script's.
+# What sbatch would take for an option: QSPARSE_SBATCH's, else the script's.
 requested() {
-  local name=$1 value
-  shift
-  value=$({ grep "^#SBATCH " "$SCRIPT" | cut -d' ' -f2 && printf '%s\n' "$@"; } | sed -n "s/^--$name=//p" | tail -n 1)
+  local value
+  value=$({ grep "^#SBATCH " "$JOB_SCRIPT" | cut -d' ' -f2 && tr ' ' '\n' <<<"${QSPARSE_SBATCH:-}"; } | sed -n "s/^--$1=//p" | tail -n 1)
   echo "${value:-1}"
 }
 

@@ -34,7 +34,8 @@ on_signal() {
 send_signal() {
   (
     while kill -0 "$STEP_PID" 2>/dev/null; do
-      timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID" || true
+      # To an element of an array some versions send it again and again, without end.
+      timeout 5 scancel --signal=USR1 "$SLURM_JOB_ID" || true
       sleep 10
     done
   ) &
@@ -118,7 +119,7 @@ submit_successor() {
   mapfile -t options < <(successor_options)
   excluded=$(bad_nodes | paste -sd,)
   id=$(QSPARSE_CHAIN=$JOB_KEY timeout 60 sbatch --parsable --dependency=singleton "${options[@]}" ${excluded:+--exclude="$excluded"} \
-    "$CODE/slurm/$(basename "$SCRIPT")" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
+    "$CODE/slurm/$(basename "$JOB_SCRIPT")" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
   say "goes on in job $id"
 }
 

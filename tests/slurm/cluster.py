@@ -25,6 +25,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 UP_S = 30
 CLIENT_S = 60
 """A client that finds nobody to answer waits for ever."""
+CANCEL_S = 20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "PREEMPTED")
 
 
@@ -113,7 +114,8 @@ class Cluster:
         self._wait_until_idle()
 
     def resume(self) -> None:
-        """Every node is ready again, whatever a test has done to it."""
+        """Every node is ready again and no job is left, whatever a test has done."""
+        self._cancel_all()
         for name in self.names:
             if not (self.folder / f"slurmd.{name}.pid").exists():
                 self._start(name, "-b")
@@ -192,6 +194,17 @@ class Cluster:
             time.sleep(0.1)
         raise TimeoutError(f"{self.client('sinfo', '-N', '-l', check=False)}\n{self.logs()}")
 
+    def _cancel_all(self) -> None:
+        deadline = time.monotonic() + 2 * CANCEL_S
+        while self.client("squeue", "-h").strip():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs do not end:\n{self.client('squeue')}\n{self.logs()}")
+            # A job that traps TERM has KillWait to end.
+            late = ["--signal=KILL", "--full"] if time.monotonic() > deadline - CANCEL_S else []
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.client("scancel", *late, "--user", _user(), check=False, timeout=5)
+            time.sleep(0.3)
+
     def _steps(self, name: str) -> list[int]:
         """slurmstepd of the node: they are nobody's children, and keep the node's log open."""
         log = self.folder / f"slurmd.{name}.log"
@@ -208,10 +221,7 @@ class Cluster:
 
     def _down(self) -> None:
         with contextlib.suppress(Exception):
-            self.client("scancel", "--user", _user(), timeout=10)
-            deadline = time.monotonic() + 15
-            while time.monotonic() < deadline and self.client("squeue", "-h", timeout=10).strip():
-                time.sleep(0.2)
+            self._cancel_all()
         for name in self.names:
             for pid in self._steps(name):
                 _end(pid)

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Jobs that do not train.
+
+# tool COMMAND...: submit this script, which was called with the command's last arguments; inside of a job, run the command.
+tool() {
+  load_site
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    submit_script
+    return
+  fi
+  enter_tool
+  inside "$@"
+}
+
+enter_tool() {
+  CODE=$REPOSITORY
+  enter_environment
+}
+
+# Serves until the time limit comes near, and then in the next start of this job, perhaps on another node.
+mlflow_server() {
+  local folder address port server
+  load_site
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    submit_script
+    return
+  fi
+  enter_tool
+  folder=${QSPARSE_MLFLOW:-${QSPARSE_RUNS:-$PWD/runs}/mlflow}
+  mkdir -p "$folder"
+  # One server at a time: a database in a file is for one process.
+  exec 9>"$folder/lock"
+  flock --nonblock 9 || die "another server uses $folder: end it (scancel), or choose another QSPARSE_MLFLOW"
+  address=$(address_of "$SLURMD_NODENAME") port=$((10000 + SLURM_JOB_ID % 20000))
+  trap 'say "USR1: going on in the next start"; kill "$server"; wait "$server" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+  trap 'kill "$server"; wait "$server" || true; exit 0' TERM
+  export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
+  inside python -m mlflow server --host 0.0.0.0 --port "$port" --allowed-hosts "$address:$port,localhost:*,127.0.0.1:*" \
+    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" "$@" &
+  server=$!
+  until curl --silent --fail --noproxy '*' "http://$address:$port/health" >/dev/null 2>&1; do
+    kill -0 "$server" 2>/dev/null || die "the server did not start, see above"
+    sleep 0.5
+  done
+  echo "http://$address:$port" >"$folder/mlflow.uri.new" && mv "$folder/mlflow.uri.new" "$folder/mlflow.uri"
+  say "serving at http://$address:$port; for your jobs: export MLFLOW_TRACKING_URI=\$(cat $folder/mlflow.uri)"
+  wait "$server"
+}

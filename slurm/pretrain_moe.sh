@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A mixture of experts with Q-Sparse inputs. sbatch slurm/pretrain_moe.sh [--section.field value ...]; see slurm/README.md.
+#SBATCH --job-name=moe_qsparse
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# Slurm runs a copy of this file in a folder of its own.
+JOB_SCRIPT=$0
+[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+source "$(dirname "$JOB_SCRIPT")/lib.sh"
+
+pretrain moe_qsparse moe_qsparse.yaml "$@"
