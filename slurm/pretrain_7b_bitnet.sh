@@ -2,7 +2,6 @@
 # 7B, BitNet b1.58: ternary weights, int8 activations. sbatch slurm/pretrain_7b_bitnet.sh [--section.field value ...]; see slurm/README.md.
 #SBATCH --job-name=7b_bitnet
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

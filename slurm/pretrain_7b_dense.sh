@@ -2,7 +2,6 @@
 # 7B, dense. sbatch slurm/pretrain_7b_dense.sh [--section.field value ...]; see slurm/README.md.
 #SBATCH --job-name=7b_dense
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

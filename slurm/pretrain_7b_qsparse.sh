@@ -2,7 +2,6 @@
 # 7B, Q-Sparse: top-K inputs in every linear. sbatch slurm/pretrain_7b_qsparse.sh [--section.field value ...]; see slurm/README.md.
 #SBATCH --job-name=7b_qsparse
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

@@ -4,7 +4,6 @@
 #SBATCH --job-name=sweep_sparsity
 #SBATCH --array=0-4
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

@@ -26,6 +26,7 @@ UP_S = 30
 CLIENT_S = 60
 """A client that finds nobody to answer waits for ever."""
 CANCEL_S = 20
+SMALL_DISK_BYTES = 1 << 20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "PREEMPTED")
 
 
@@ -50,6 +51,8 @@ class Cluster:
         self.port = _free_ports(nodes + 1)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         self.environment |= {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.small_disk = self.folder / "small_disk"
+        """As root: a file system that is soon full."""
         self._network: subprocess.Popen | None = None
         self._before: list[str] = []
         """What puts a command into the network namespace."""
@@ -136,6 +139,10 @@ class Cluster:
         self._before = ["nsenter", f"--net=/proc/{self._network.pid}/ns/net"]
 
     def _up(self) -> None:
+        if os.geteuid() == 0:
+            # Before the nodes start, which see no mount that comes later.
+            self.small_disk.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", self.small_disk], check=True)
         self._write_configuration()
         d = self.folder
         self._daemon("munged", f"--socket={d}/munge.sock", f"--key-file={d}/munge.key", f"--pid-file={d}/munged.pid",
@@ -182,7 +189,21 @@ class Cluster:
         user = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
         inside = f'mount --bind {self.folder}/hosts /etc/hosts && hostname {name} && exec slurmd "$@"'
         self._daemon(
-            "unshare", *user, "--mount", "--uts", "bash", "-c", inside, "slurmd", *more, "-f", f"{self.folder}/slurm.conf", "-N", name
+            "unshare",
+            *user,
+            "--mount",
+            "--propagation",
+            "slave",
+            "--uts",
+            "bash",
+            "-c",
+            inside,
+            "slurmd",
+            *more,
+            "-f",
+            f"{self.folder}/slurm.conf",
+            "-N",
+            name,
         )
 
     def _wait_until_idle(self) -> None:
@@ -231,6 +252,8 @@ class Cluster:
         if self._network is not None:
             self._network.kill()
             self._network.wait()
+        if self.small_disk.is_mount():
+            subprocess.run(["umount", "--lazy", self.small_disk])
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -64,12 +64,12 @@ class Job:
     def until_said(self, text: str, timeout: float = START_S) -> None:
         self.until(lambda: text in self.log, text, timeout)
 
-    def until_waiting(self) -> None:
-        """For a process that TEST_FAULT lets wait."""
-        self.until((self.folder / "waits").exists, "waits")
+    def until_waiting(self, restart: int = 0) -> None:
+        """For a process that TEST_FAULT lets wait in this start."""
+        self.until((self.folder / f"waits.{restart}").exists, "waits")
 
-    def go_on(self) -> None:
-        (self.folder / "go").touch()
+    def go_on(self, restart: int = 0) -> None:
+        (self.folder / f"go.{restart}").touch()
 
     def signal(self, *arguments: str) -> None:
         self.times["signal"] = time.time()

@@ -1,9 +1,9 @@
 """Python imports this at its start in every process of a test's jobs, which have this folder on PYTHONPATH. It touches training
 processes alone, once they have imported `pretrain.run`: writes down the samples they take, and lets them fail or wait where the test says.
 
-TEST_SAMPLES: file for the samples. TEST_FAULT: `rank what step restart`: raise, or wait (until TEST_FAULT_FOLDER/go is there, having
-made TEST_FAULT_FOLDER/waits) before that step, or in the middle of writing a checkpoint ("save", whatever the step), in the start with
-that number of restarts; `*` in all of them.
+TEST_SAMPLES: file for the samples. TEST_FAULT: `rank what step restart`, several with commas between: raise, or wait (until
+TEST_FAULT_FOLDER/go.RESTART is there, having made TEST_FAULT_FOLDER/waits.RESTART) before that step, or in the middle of writing a
+checkpoint ("save", whatever the step), in the start with that number of restarts; `*` in all of them.
 """
 
 import importlib.abc
@@ -43,9 +43,10 @@ def _install() -> None:
     rank, restart = int(os.environ["RANK"]), os.environ["SLURM_RESTART_COUNT"]
     if samples := os.environ.get("TEST_SAMPLES"):
         Watched(samples=Path(samples), session=f"{os.environ['SLURM_JOB_ID']}.{restart}")(rank)
-    fault_rank, what, step, fault_restart = os.environ.get("TEST_FAULT", "-1 none 0 0").split()
-    if rank == int(fault_rank) and fault_restart in ("*", restart):
-        {"raise": _at_step, "wait": _at_step, "save": _in_save}[what](what, int(step))
+    for fault in filter(None, os.environ.get("TEST_FAULT", "").split(",")):
+        fault_rank, what, step, fault_restart = fault.split()
+        if rank == int(fault_rank) and fault_restart in ("*", restart):
+            {"raise": _at_step, "wait": _at_step, "save": _in_save}[what](what, int(step))
 
 
 def _at_step(what: str, step: int) -> None:
@@ -81,9 +82,9 @@ def _fail() -> None:
 
 
 def _wait() -> None:
-    folder = Path(os.environ["TEST_FAULT_FOLDER"])
-    (folder / "waits").touch()
-    while not (folder / "go").exists():
+    folder, restart = Path(os.environ["TEST_FAULT_FOLDER"]), os.environ["SLURM_RESTART_COUNT"]
+    (folder / f"waits.{restart}").touch()
+    while not (folder / f"go.{restart}").exists():
         time.sleep(0.02)
 
 
