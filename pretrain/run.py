@@ -22,6 +22,7 @@ from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.spikes import WatchSpikes
+from pretrain.callbacks.switches import Switches
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory, remove
 from pretrain.failures import report
@@ -90,7 +91,7 @@ def _refusing(action: Callable[[], Any], progress: Progress, doing: str) -> Any:
 
 def _train(validated: Validated, device: torch.device, lease: Lease | None, owner: str, watchdog: Watchdog) -> None:
     config, progress = validated.config, watchdog.progress
-    signals = StopOnSignal(device, watchdog)
+    signals = StopOnSignal(device, watchdog, Switches(config.run_directory) if lease is not None else None)
     checkpoints = CheckpointDirectory(config.run_directory / "checkpoints", config.checkpoint.keep_last, reach=reach(config), owner=owner)
     where = _refusing(lambda: _find(validated, checkpoints, progress), progress, LOOKING)
     progress.enter("building the model")
