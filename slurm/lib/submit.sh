@@ -3,16 +3,16 @@
 
 # submit NAME CONFIG [flags]: a run.
 submit() {
-  local name=$1 config=$2
+  local name=$1 config=$2 status=0
   shift 2
-  if [ -n "${DRY_RUN:-}" ]; then
-    show_submission
-    CODE=$REPOSITORY
-    enter_environment
-    training_flags "$name" "$config" "$@"
-    show_run
-  fi
-  submit_script
+  [ -n "${DRY_RUN:-}" ] || submit_script
+  show_submission
+  CODE=$REPOSITORY
+  enter_environment
+  training_flags "$name" "$config" "$@"
+  show_run || status=$?
+  (submit_script) || status=$?
+  return "$status"
 }
 
 # This script with its arguments; with DRY_RUN=1 only whether Slurm would take it.
@@ -35,12 +35,13 @@ show_submission() {
 
 # The plan, for the nodes and devices that would be asked for.
 show_run() {
-  local nodes devices
+  local nodes devices status=0
   nodes=$(requested nodes) devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node)}
   echo
   echo "the plan, $nodes nodes of $devices processes"
-  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes##*-} * devices)) || exit
+  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes##*-} * devices)) || status=$?
   echo
+  return "$status"
 }
 
 # What sbatch would take for an option: QSPARSE_SBATCH's, else the script's.
