@@ -15,16 +15,17 @@
 
 # Slurm runs a copy of this file in a folder of its own.
 JOB_SCRIPT=$0
-[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')
 # Each element is a run of its own.
 export SWEEP=1
 source "$(dirname "$JOB_SCRIPT")/lib.sh"
 
 read -ra keeps <<<"${QSPARSE_KEEPS:-1 0.7 0.5 0.4 0.3}"
 index=${SLURM_ARRAY_TASK_ID:-0}
-keep=${keeps[index]:-} || true
+keep=${keeps[index]:-}
 [ -n "$keep" ] || die "element $index of the array has no degree of sparsity: QSPARSE_KEEPS holds ${#keeps[@]}; submit with --array=0-$((${#keeps[@]} - 1))"
-name=${QSPARSE_SWEEP:-sweep}
+sweep=${QSPARSE_SWEEP:-sweep}
+name=${sweep}_keep_$keep
 # All in one experiment, and with one tag that MLflow groups by.
-pretrain "${name}_keep_$keep" 300m_qsparse.yaml --qsparse.keep "$keep" --tracking.run_name "${name}_keep_$keep" \
-  --tracking.experiment "$name" --tracking.tags.group "$name" "$@"
+pretrain "$name" 300m_qsparse.yaml --qsparse.keep "$keep" --tracking.run_name "$name" --output_dir "${QSPARSE_RUNS:-runs}/$name" \
+  --tracking.experiment "$sweep" --tracking.tags.group "$sweep" "$@"

@@ -126,7 +126,7 @@ node_environment() {
 
 # What Slurm knows of this start, beside environment.txt and packages.txt.
 record_nodes() {
-  { scontrol show job "$SLURM_JOB_ID" && scontrol show node "$SLURM_JOB_NODELIST"; } >"$START_DIRECTORY/nodes.txt" || true
+  { scontrol show job "$(this_job)" && scontrol show node "$SLURM_JOB_NODELIST"; } >"$START_DIRECTORY/nodes.txt" || true
   { command -v nvidia-smi >/dev/null && nvidia-smi >"$START_DIRECTORY/nvidia-smi.txt"; } || true
 }
 

@@ -5,6 +5,15 @@ SIGNALLED="" STEP_PID="" SENDER=""
 SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
 export SLURM_RESTART_COUNT
 
+# This job for Slurm's clients: an element of an array by that name, since the number of one element is the whole array's.
+this_job() {
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
+  fi
+}
+
 # What all jobs have in common that go on from each other.
 job_key() {
   if [ -n "${QSPARSE_CHAIN:-}" ]; then
@@ -35,7 +44,7 @@ send_signal() {
   (
     while kill -0 "$STEP_PID" 2>/dev/null; do
       # To an element of an array some versions send it again and again, without end.
-      timeout 5 scancel --signal=USR1 "$SLURM_JOB_ID" || true
+      timeout 5 scancel --signal=USR1 "$(this_job)" || true
       sleep 10
     done
   ) &
@@ -94,11 +103,11 @@ go_on() {
   fi
   case $(continue_by) in
     requeue)
-      say "goes on in this job: scontrol requeue $SLURM_JOB_ID"
+      say "goes on in this job: scontrol requeue $(this_job)"
       # It sends TERM to this script at once.
       trap "" TERM
-      timeout 60 scontrol requeue "$SLURM_JOB_ID" || { say "error: the job cannot be requeued: submit it again, or choose another CONTINUE" && exit 1; }
-      exclude_bad_nodes "$SLURM_JOB_ID"
+      timeout 60 scontrol requeue "$(this_job)" || { say "error: the job cannot be requeued: submit it again, or choose another CONTINUE" && exit 1; }
+      exclude_bad_nodes "$(this_job)"
       ;;
     array)
       say "goes on in the next element of array $SLURM_ARRAY_JOB_ID"
@@ -133,7 +142,7 @@ successor_options() {
 }
 
 job_state() { job_field JobState; }
-job_field() { timeout 30 scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+job_field() { timeout 30 scontrol -o show job "$(this_job)" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
 # requeue, array, singleton or none.
 continue_by() {

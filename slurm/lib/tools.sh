@@ -32,11 +32,12 @@ mlflow_server() {
   exec 9>"$folder/lock"
   flock --nonblock 9 || die "another server uses $folder: end it (scancel), or choose another QSPARSE_MLFLOW"
   address=$(address_of "$SLURMD_NODENAME") port=$((10000 + SLURM_JOB_ID % 20000))
-  trap 'say "USR1: going on in the next start"; kill "$server"; wait "$server" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+  trap 'say "USR1: going on in the next start"; kill "$server"; wait "$server" || true; scontrol requeue "$(this_job)"; exit 0' USR1
   trap 'kill "$server"; wait "$server" || true; exit 0' TERM
   export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
   inside python -m mlflow server --host 0.0.0.0 --port "$port" --allowed-hosts "$address:$port,localhost:*,127.0.0.1:*" \
-    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" "$@" &
+    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" --workers 2 \
+    --uvicorn-opts "--log-level warning" "$@" &
   server=$!
   until curl --silent --fail --noproxy '*' "http://$address:$port/health" >/dev/null 2>&1; do
     kill -0 "$server" 2>/dev/null || die "the server did not start, see above"
