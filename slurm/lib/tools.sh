@@ -37,7 +37,7 @@ mlflow_server() {
   export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
   inside python -m mlflow server --host 0.0.0.0 --port "$port" --allowed-hosts "$address:$port,localhost:*,127.0.0.1:*" \
     --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" --workers 2 \
-    --uvicorn-opts "--log-level warning" "$@" &
+    --uvicorn-opts "--log-level warning" "$@" 9>&- &
   server=$!
   until curl --silent --fail --noproxy '*' "http://$address:$port/health" >/dev/null 2>&1; do
     kill -0 "$server" 2>/dev/null || die "the server did not start, see above"
