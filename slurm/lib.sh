@@ -62,6 +62,7 @@ run_job() {
   fi
   take_code
   training_flags "$name" "$config" "$@"
+  node_environment
   begin || status=$?
   case $status in
     0) ;;
@@ -69,7 +70,6 @@ run_job() {
     *) leave "$status" ;;
   esac
   rendezvous
-  node_environment
   record_nodes
   preflight
   train

@@ -118,7 +118,6 @@ node_environment() {
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor} CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$cache/cuda}
   export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib} XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache/xdg}
   export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
-  export START_DIRECTORY TRAIN_NODES PROCESSES
   export QSPARSE_PREBUILT=${QSPARSE_PREBUILT:-$ORIGIN/.prebuilt} QSPARSE_CACHE=$cache
   # sbatch's own are not inherited by srun since Slurm 22.05.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -150,6 +149,7 @@ launch() {
     *) refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun" ;;
   esac
   say "training from step $STEP of $STEPS: $TRAIN_NODES nodes x $PROCESSES processes, started by $LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
+  export START_DIRECTORY TRAIN_NODES PROCESSES
   mkdir -p "$START_DIRECTORY/ranks"
   on_nodes "$tasks" "${before[@]}" bash "$CODE/slurm/lib/$script.sh" "${FLAGS[@]}" &
   STEP_PID=$!

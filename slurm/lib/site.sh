@@ -50,6 +50,7 @@ inside() {
   if [ ${#CONTAINER[@]} -gt 0 ]; then
     before=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --quiet "${CONTAINER[@]}")
   fi
+  # Twice is as good as once.
   PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" "${before[@]}" "$@"
 }
 

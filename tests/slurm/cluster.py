@@ -39,15 +39,15 @@ def missing() -> str | None:
 class Cluster:
     """Nodes node1 ... nodeN. A context manager: up on entering, down on leaving.
 
-    settings: further lines of slurm.conf, such as partitions; they win.
+    settings: further lines of slurm.conf. plugin: a SPANK plugin that srun loads.
     """
 
-    def __init__(self, nodes: int = 3, cpus: int = 4, gpus: int = 8, memory_mb: int = 8000, settings: str = ""):
+    def __init__(self, nodes: int = 3, cpus: int = 4, gpus: int = 8, memory_mb: int = 8000, settings: str = "", plugin: Path | None = None):
         # munged wants every folder above its socket to be searchable, and sockets want short paths.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))
         self.folder.chmod(0o711)
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
-        self.cpus, self.gpus, self.memory_mb, self.settings = cpus, gpus, memory_mb, settings
+        self.cpus, self.gpus, self.memory_mb, self.settings, self.plugin = cpus, gpus, memory_mb, settings, plugin
         self.port = _free_ports(nodes + 1)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         self.environment |= {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -162,6 +162,7 @@ class Cluster:
         (d / "hosts").write_text(
             f"127.0.0.1 localhost {socket.gethostname()}\n" + "".join(f"127.0.0.{10 + i} node{i}\n" for i in range(1, count + 1))
         )
+        (d / "plugstack.conf").write_text(f"required {self.plugin}\n" if self.plugin else "")
         devices = ""
         if self.gpus:
             (d / "gpu").mkdir()
@@ -289,6 +290,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 MailProg=/bin/true
+PlugStackConfig={folder}/plugstack.conf
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill

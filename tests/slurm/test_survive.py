@@ -1,5 +1,6 @@
 """Jobs that are signalled, preempted, lose a node or fail go on by themselves, and their run is the unbroken one bit for bit."""
 
+import os
 import time
 
 import pytest
@@ -28,6 +29,21 @@ def test_requeued_before_the_time_limit(cluster, shards, database, unbroken, tmp
     assert "SIGUSR1: checkpoint saved after step 5" in log and "going on after step 5" in log
     assert Finished.read(tmp_path).differences(unbroken) == []
     slurm_log("USR1, requeued", job, went_on_after=5)
+    written = job.run / "slurm" / f"{job.id}.1"
+    environment = (written / "environment.txt").read_text().splitlines()
+    assert {"HF_HUB_OFFLINE=1", "DO_NOT_TRACK=1", "MLFLOW_DISABLE_TELEMETRY=true", "SLURM_RESTART_COUNT=1"} <= set(environment)
+    assert "NodeName=node2" in (written / "nodes.txt").read_text() and "torch==" in (written / "packages.txt").read_text()
+    assert sorted(path.name for path in (written / "ranks").iterdir()) == ["node1", "node2"]
+    assert (job.run / "finished").read_text() == "12\n" and (job.run / "code" / "slurm" / "lib.sh").exists()
+
+
+@pytest.mark.slurm
+def test_the_cluster_has_no_route_out(cluster, tmp_path):
+    """So that all of these tests show that jobs need no internet."""
+    if os.geteuid() != 0:
+        pytest.skip("a network namespace of its own needs root")
+    routes = cluster.client("srun", "--nodes=3", "--ntasks-per-node=1", "cat", "/proc/net/route", cwd=tmp_path)
+    assert {line.split()[0] for line in routes.splitlines()} <= {"Iface", "lo"}
 
 
 def test_preempted(cluster, shards, database, unbroken, tmp_path, slurm_log):
