@@ -30,27 +30,23 @@ class SharedJob(Job):
         # All parts are started with the same flags: --overwrite replaces what another job wrote, not what other parts of this one did.
         finished = (overwrite and self.is_complete()) or super().is_finished(overwrite)
         if finished and self.work.is_dir():
-            with self:  # its last part was killed before it could tidy up
-                pass
+            self.lock = None
+            self._tidy()  # the last part was killed before it could
         return finished
 
     def __enter__(self) -> SharedJob:
+        # `prepare` takes the lock: two parts that already had it could not tell which of them is the first.
+        self.lock: BinaryIO | None = None
         self.assembly: BinaryIO | None = None
-        with self._door():
-            self.lock = self._open("lock")
-            if not take_lock(self.lock, fcntl.LOCK_SH):
-                self.lock.close()
-                raise DataError(self.busy())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.assembly is not None:
             self.assembly.close()
-        if self.work.is_dir():
-            with self._door():
-                if self.is_complete() and self._is_alone():
-                    shutil.rmtree(self.work, ignore_errors=True)
-        self.lock.close()
+        if self.work.is_dir() and self.is_complete():
+            self._tidy()
+        if self.lock is not None:
+            self.lock.close()
 
     def prepare(self, versions: dict[str, str], unit_bytes: int) -> bool:
         """The first part sets up the work folder, the others see to it that they belong to the same job. Raises DataError.
@@ -60,12 +56,14 @@ class SharedJob(Job):
         with self._door():
             if self.is_complete():
                 return False
-            if self._is_alone():
+            self.lock = self._open("lock")
+            first = take_lock(self.lock, fcntl.LOCK_EX)
+            if first:
                 super().prepare(versions, unit_bytes)
-            else:
-                self._agree(self.state(versions, unit_bytes))
             if not take_lock(self.lock, fcntl.LOCK_SH):
                 raise DataError(self.busy())
+            if not first:
+                self._agree(self.state(versions, unit_bytes))
         return True
 
     def begin_assembly(self) -> bool:
@@ -88,11 +86,13 @@ class SharedJob(Job):
                 "inputs and environment, or choose another --output"
             )
 
-    def _is_alone(self) -> bool:
-        """Whether no other part is at work; if so, none comes in before this one shares the lock again or leaves the door."""
-        # Changing a lock is not one step, and where two change theirs at the same time each may be in the other's way.
-        fcntl.flock(self.lock, fcntl.LOCK_UN)
-        return take_lock(self.lock, fcntl.LOCK_EX)
+    def _tidy(self) -> None:
+        """Removes the work folder of a finished job where no other part is at work."""
+        with self._door(), self._open("lock") as alone:
+            if self.lock is not None:
+                fcntl.flock(self.lock, fcntl.LOCK_UN)
+            if take_lock(alone, fcntl.LOCK_EX):
+                shutil.rmtree(self.work, ignore_errors=True)
 
     @contextlib.contextmanager
     def _door(self) -> Iterator[None]:
