@@ -2,6 +2,7 @@
 # Sourced by the scripts in this folder: what surrounds a run on a Slurm cluster. README.md explains it, site.env the settings.
 #
 #   pretrain NAME CONFIG [flags]   submit; inside of a job: start, wait, go on
+#   tokenize_corpus [flags]        submit; inside of a job: do a part
 #
 # What can be decided without Slurm is decided by `python -m pretrain.job`.
 set -euo pipefail
@@ -20,6 +21,8 @@ source "$SLURM_FOLDER/lib/launch.sh"
 source "$SLURM_FOLDER/lib/preflight.sh"
 # shellcheck source=lib/survive.sh
 source "$SLURM_FOLDER/lib/survive.sh"
+# shellcheck source=lib/tokenize.sh
+source "$SLURM_FOLDER/lib/tokenize.sh"
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() {

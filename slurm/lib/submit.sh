@@ -9,11 +9,12 @@ submit() {
   if [ -n "${DRY_RUN:-}" ]; then
     dry_run "$name" "$config" "${options[@]}" -- "$@"
   else
+    # shellcheck disable=SC2153 # the script that sources this one sets it
     exec sbatch "${options[@]}" "$SCRIPT" "$@"
   fi
 }
 
-# dry_run NAME CONFIG [sbatch options] -- [flags]
+# dry_run NAME CONFIG [sbatch options] -- [flags]; no CONFIG: there is no training to plan.
 dry_run() {
   local name=$1 config=$2 options=() nodes devices status=0
   shift 2
@@ -21,14 +22,16 @@ dry_run() {
   shift
   CODE=$REPOSITORY
   enter_environment
-  training_flags "$name" "$config" "$@"
-  nodes=$(requested nodes "${options[@]}") devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node "${options[@]}")}
   echo "would run: sbatch${options[*]:+ ${options[*]}} $SCRIPT $*"
   env | grep -E '^(SBATCH|QSPARSE|MLFLOW|LAUNCHER|PREFLIGHT|CONTINUE)' | sort | sed 's/^/  /' || true
-  echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
-  echo
-  echo "the plan, $nodes nodes of $devices processes"
-  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes%%-*} * devices)) || status=$?
+  if [ -n "$config" ]; then
+    training_flags "$name" "$config" "$@"
+    nodes=$(requested nodes "${options[@]}") devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node "${options[@]}")}
+    echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
+    echo
+    echo "the plan, $nodes nodes of $devices processes"
+    inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes%%-*} * devices)) || status=$?
+  fi
   echo
   echo "sbatch --test-only"
   sbatch --test-only "${options[@]}" "$SCRIPT" "$@" || status=$?
