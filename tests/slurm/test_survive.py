@@ -113,7 +113,9 @@ def test_srun_starts_every_rank(cluster, shards, database, unbroken, tmp_path):
 @pytest.mark.parametrize("how", ["array", "singleton"])
 def test_goes_on_in_another_job(how, cluster, shards, database, unbroken, tmp_path):
     options = ("--nodes=2", *(["--array=1-3%1"] if how == "array" else []))
-    job = start(cluster, tmp_path, shards, database, options=options, fault="0 wait 5 0", env={"CONTINUE": how} if how == "singleton" else {})
+    job = start(
+        cluster, tmp_path, shards, database, options=options, fault="0 wait 5 0", env={"CONTINUE": how} if how == "singleton" else {}
+    )
     job.until_waiting()
     first = cluster.client("squeue", "-h", "-t", "RUNNING", "-o", "%A").strip()
     cluster.client("scancel", "--batch", "--signal=USR1", first)
