@@ -13,6 +13,7 @@ from decimal import Decimal, InvalidOperation
 
 from data_tools.arguments import Parser, named_path
 from data_tools.errors import DataError
+from data_tools.parts import Part
 
 EXAMPLE = """\
 from text to shards:
@@ -100,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--overwrite", action="store_true", help="replace the output of another job; files that tokenize did not write stay"
     )
+    command.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="do part I (from 0) of N, which other machines do at the same time or later into the same folder (slurm/tokenize.sh)",
+    )
     command.set_defaults(run=run_tokenize)
 
     command = commands.add_parser("verify", help="check every byte of a shards folder; exit status 1 names what is wrong")
@@ -166,6 +173,13 @@ def _fraction(text: str) -> Decimal:
     return value
 
 
+def _part(text: str) -> Part:
+    try:
+        return Part.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def run_corpus(options: argparse.Namespace) -> int:
     from data_tools.corpus import write_stdlib
 
@@ -216,8 +230,12 @@ def run_tokenize(options: argparse.Namespace) -> int:
         unit_bytes=options.unit_bytes,
         eod_token=options.eod_token,
         overwrite=options.overwrite,
+        part=options.part,
     )
     manifest = result.manifest
+    if manifest is None:
+        print(f"{options.output}: part {options.part} is done, another part joins the shards; if that one dies, start any part again")
+        return 0
     splits = ", ".join(f"{manifest.tokens(split)} {split} tokens in {manifest.documents(split)} documents" for split in manifest.splits)
     dropped = {
         name: count for name, count in manifest.content["filters"].items() if count and name not in ("documents", "text_bytes", "kept")

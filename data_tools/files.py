@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,8 @@ class AtomicFile:
     def __init__(self, path: Path, staging: Path | None = None, durable: bool = True) -> None:
         self.path = path
         self.durable = durable
-        self.temporary = (staging or path.parent) / f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+        # Two machines that share the folder may have processes of the same number.
+        self.temporary = (staging or path.parent) / f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         with disk_errors(path):
             self.file = open(self.temporary, "wb", buffering=1 << 20)
 

@@ -13,6 +13,7 @@ job.json adds modification times and library versions, and decides whether journ
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ import shutil
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from data_tools.documents import Source
 from data_tools.errors import DataError, ManifestError
@@ -33,6 +34,7 @@ from data_tools.tokenizer import TokenizerFile
 WORK_FOLDER = ".tokenize"
 DOCUMENT_HASH = "xxh3-128"
 JOURNALS = ("hash", "tokens", "shards")
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,11 @@ class Job:
         """Whether the output of exactly this job is there. Raises DataError when something else is and `overwrite` is not set."""
         if self.output.exists() and not self.output.is_dir():
             raise DataError(f"--output {self.output} is a file: name a folder")
-        state = self.work / "job.json"
         if (self.output / MANIFEST_NAME).is_file():
             return self._is_published(overwrite)
-        if state.is_file():
+        if (self.work / "job.json").is_file():
             # Nothing is lost with an attempt that wrote no shard, such as one that stopped at a bad document.
-            other = _read_state(state).get("digest") != self.digest
+            other = self.read_state().get("digest") != self.digest
             if other and any(self.output.glob("*.tar")) and not overwrite:
                 raise DataError(
                     f"{self.output} holds an unfinished job with other inputs or options: choose another --output or pass --overwrite"
@@ -99,14 +100,26 @@ class Job:
             raise DataError(f"--output {self.output} holds other files ({name}, ...): name an empty or new folder")
         return False
 
+    def is_complete(self) -> bool:
+        """Whether the manifest of exactly this job is there, with all its shards."""
+        try:
+            return self._wrote(Manifest.load(self.output))
+        except ManifestError:
+            return False
+
+    def _wrote(self, found: Manifest) -> bool:
+        if found.content["job"] != self.digest:
+            return False
+        for split in found.splits:
+            found.check_sizes(split)
+        return True
+
     def _is_published(self, overwrite: bool) -> bool:
         if overwrite:
             return False
         try:
             found = Manifest.load(self.output)
-            if found.content["job"] == self.digest:
-                for split in found.splits:
-                    found.check_sizes(split)
+            if self._wrote(found):
                 return True
         except ManifestError as error:
             raise DataError(f"--output {self.output} cannot be used, choose another or pass --overwrite: {error}") from error
@@ -117,25 +130,37 @@ class Job:
         with disk_errors(self.output):
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.work / "lock", "wb")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not take_lock(self.lock, fcntl.LOCK_EX):
             self.lock.close()
-            raise DataError(f"another tokenize is writing to {self.output}: wait for it or choose another --output") from error
+            raise DataError(self.busy())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.lock.close()
 
-    def prepare(self, versions: dict[str, str], unit_bytes: int) -> None:
+    def busy(self) -> str:
+        """The message for who comes second."""
+        return f"another tokenize is writing to {self.output}: wait for it or choose another --output"
+
+    def state(self, versions: dict[str, str], unit_bytes: int) -> dict[str, Any]:
+        """What decides whether journals may be used again."""
+        modified = [mtime_ns for mtime_ns, _ in self.source_states]
+        return {"digest": self.digest, "modified": modified, "versions": versions, "unit_bytes": unit_bytes}
+
+    def read_state(self) -> dict[str, Any]:
+        """The state of the job in progress; empty, so that nothing of it is used, when there is none or it cannot be read."""
+        try:
+            return json.loads((self.work / "job.json").read_bytes())
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+            return {}
+
+    def prepare(self, versions: dict[str, str], unit_bytes: int) -> bool:
         """Sets up the work folder: keeps an earlier run's journals where they still hold, removes what does not belong to this job.
 
         Only files that this command wrote are removed: the manifest, the tokenizer, shards by their names, journals.
+        Returns whether there is anything to do, which a whole job always has.
         """
-        modified = [mtime_ns for mtime_ns, _ in self.source_states]
-        state = {"digest": self.digest, "modified": modified, "versions": versions, "unit_bytes": unit_bytes}
-        path = self.work / "job.json"
-        found = _read_state(path) if path.is_file() else {}
+        state, found = self.state(versions, unit_bytes), self.read_state()
         if found != state or (self.output / MANIFEST_NAME).exists():
             if found.get("digest") == self.digest:
                 warn("an input, a library or --unit-bytes has changed since the interrupted run: starting over")
@@ -149,9 +174,10 @@ class Job:
         with disk_errors(self.output):
             for folder in JOURNALS:
                 (self.work / folder).mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(state).encode())
+        write_atomically(self.work / "job.json", json.dumps(state).encode())
         for leftover in self.work.rglob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
+        return True
 
     def check_sources(self) -> None:
         """Raises DataError when an input is not what it was when the job began: the passes would have read different documents.
@@ -176,6 +202,20 @@ class Job:
         shutil.rmtree(self.work)
 
 
+def take_lock(file: BinaryIO, kind: int, wait: bool = False) -> bool:
+    """Takes fcntl.LOCK_EX or LOCK_SH; False where another process is in the way. Raises DataError where there are no locks."""
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        problem = f"files cannot be locked in {Path(file.name).parent} ({error.strerror})"
+        raise DataError(f"{problem}: choose an --output on a file system with locks (Lustre: mounted with flock)") from error
+    return True
+
+
 def _state(path: Path) -> tuple[int, int]:
     """Modification time in ns and size in bytes."""
     status = path.stat()
@@ -185,14 +225,6 @@ def _state(path: Path) -> tuple[int, int]:
 def _printable(path: Path) -> str:
     """The file's name, without the bytes that no text can hold."""
     return os.fsencode(path.name).decode(errors="replace")
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state of an interrupted run; empty, so that nothing of it is used, when it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return {}
 
 
 def _difference(found: Manifest, wanted: dict[str, Any]) -> str:

@@ -7,14 +7,19 @@ went down is noticed and made again.
     hash/000012.npz     digests uint64 [num_documents, 2]: XXH3-128 of each text (0 for rejected ones)
                         reasons uint8 [num_documents]: 0 or a documents.Reason
                         documents, text_bytes int64 [num_parts]: documents, and UTF-8 bytes of the texts, of each part
-    tokens/000012.npz   for each split the documents' lengths in tokens, uint32 [num_documents]
-    tokens/000012.SPLIT their tokens, one after the other
+    tokens/000012.npz   for each split the documents' lengths in tokens, uint32 [num_documents], and the stem of the token files
+    tokens/STEM.SPLIT   their tokens, one after the other
+
+Machines that share the folder may do the same unit at the same time. Then the journal of one of them stays, and the token
+files that it names are nobody else's: they are written once, whoever reads them.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import secrets
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +51,7 @@ class HashTask:
 
 @dataclass(frozen=True)
 class TokenizeTask:
-    """Tokenize a unit's documents into `folder`/`name`.*, `plan` uint8 [num_documents] telling the split of each or DROPPED."""
+    """Tokenize a unit's documents, journal `folder`/`name`.npz, `plan` uint8 [num_documents] telling the split of each or DROPPED."""
 
     unit: Unit
     folder: Path
@@ -99,7 +104,8 @@ def tokenize_unit(task: TokenizeTask) -> int:
     if read_journal(done) is not None:
         return task.unit.input_bytes
     encoder = BACKENDS[task.backend].load(task.tokenizer)
-    files = [TokenFile(task.folder / f"{task.name}.{split}", task.dtype, task.tokenizer) for split in SPLITS]
+    stem = f"{task.name}.{secrets.token_hex(4)}"
+    files = [TokenFile(task.folder / f"{stem}.{split}", task.dtype, task.tokenizer) for split in SPLITS]
     try:
         texts = (text for part in task.unit.parts for text in read_part(part, task.text_field))
         with panics_as(DataError, task.backend, "; pass another --backend"):
@@ -109,12 +115,15 @@ def tokenize_unit(task: TokenizeTask) -> int:
                     raise InputChanged(f"input {names} has changed between the two passes over it")
                 if split != DROPPED:
                     files[split].append(encoder.encode(text))
+        if read_journal(done) is not None:
+            return task.unit.input_bytes
         for file in files:
             file.commit()
     finally:
         for file in files:
             file.discard()
-    _write_journal(done, **{split: np.array(file.lens, dtype=np.uint32) for split, file in zip(SPLITS, files, strict=True)})
+    lens = {split: np.array(file.lens, dtype=np.uint32) for split, file in zip(SPLITS, files, strict=True)}
+    _write_journal(done, stem=np.array(stem), **lens)
     return task.unit.input_bytes
 
 
@@ -163,6 +172,11 @@ def read_journal(path: Path) -> dict[str, np.ndarray] | None:
             return dict(journal)
     except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile):
         return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        # NFS: another machine has put the same journal in its place while it was read.
+        return read_journal(path)
 
 
 def _write_journal(path: Path, **arrays: np.ndarray) -> None:

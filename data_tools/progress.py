@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 LOG_INTERVAL_S = 5.0
@@ -12,13 +13,14 @@ LOG_INTERVAL_S = 5.0
 class Progress:
     """Counts `unit`s up to `total`; use it as a context manager and call `update(amount)`.
 
-    Bytes (`unit="B"`) are shown with binary prefixes.
+    Bytes (`unit="B"`) are shown with binary prefixes. `note` is asked every few seconds for what else is to be shown.
     """
 
-    def __init__(self, description: str, total: int, unit: str = "B") -> None:
+    def __init__(self, description: str, total: int, unit: str = "B", note: Callable[[], str] | None = None) -> None:
         self.description = description
         self.total = total
         self.unit = unit
+        self.note = note
         self.done = 0
         self.start = self.printed = time.monotonic()
         self.bar = None
@@ -36,16 +38,19 @@ class Progress:
         self.done += amount
         if self.bar is not None:
             self.bar.update(amount)
-            return
         now = time.monotonic()
         if now - self.printed >= LOG_INTERVAL_S:
             self.printed = now
+            note = self.note() if self.note is not None else ""
+            if self.bar is not None:
+                self.bar.set_postfix_str(note)
+                return
             rate = self.done / (now - self.start)
             left = (self.total - self.done) / rate if rate else float("inf")
             percent = 100 * self.done / max(self.total, 1)
             print(
                 f"{self.description}: {percent:.0f}% | {format_count(self.done, self.unit)} of {format_count(self.total, self.unit)}"
-                f" | {format_count(rate, self.unit)}/s | eta {left:.0f}s",
+                f" | {format_count(rate, self.unit)}/s | eta {left:.0f}s{f' | {note}' if note else ''}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -8,6 +8,9 @@
 
 A unit's tokens are deleted once the shards that hold them are published, so the work folder holds about one shard of
 each split and the units in flight.
+
+Several machines may do one job, each a part of it (parts.py, shared.py): both passes go over all units, one part joins the
+shards once all units have been tokenized, and until then the work folder holds the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import collections
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +42,11 @@ from data_tools.manifest import (
     encode_manifest,
     shard_entry,
 )
+from data_tools.parts import Part, work_through
 from data_tools.passes import HashTask, TokenizeTask, hash_unit, read_journal, tokenize_unit
 from data_tools.progress import Progress, warn
 from data_tools.shards import ShardWriter
+from data_tools.shared import SharedJob
 from data_tools.tokenizer import TokenizerFile, load_tokenizer
 from data_tools.workers import Workers
 
@@ -54,7 +59,8 @@ SAMPLE_CHARACTERS = 2048
 class TokenizeResult:
     """The manifest, and whether this run had to do anything for it."""
 
-    manifest: Manifest
+    manifest: Manifest | None
+    """None where another part of the job joins the shards."""
     already_there: bool
 
 
@@ -67,33 +73,38 @@ def tokenize(
     unit_bytes: int = UNIT_BYTES,
     eod_token: str | None = None,
     overwrite: bool = False,
+    part: Part | None = None,
 ) -> TokenizeResult:
     """Tokenizes `inputs` into the folder `output`. Raises DataError for whatever a user can mend.
 
-    `workers`: processes; `unit_bytes`: input that a worker handles at a time, and loses when it is killed. Neither
-    influences the output.
+    `workers`: processes; `unit_bytes`: input that a worker handles at a time, and loses when it is killed; `part`: what
+    this process does of a job that others work on as well. None of them influences the output.
     """
     sources = open_sources(inputs)
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     options = dataclasses.replace(options, dtype=_resolve_dtype(tokenizer, options.dtype))
-    job = Job(output, sources, tokenizer, options)
+    job = (Job if part is None else SharedJob)(output, sources, tokenizer, options)
     if job.is_finished(overwrite):
         return TokenizeResult(Manifest.load(output), already_there=True)
     with job:
         units = plan_units(sources, unit_bytes)
         backend = choose_backend(tokenizer, options.backend, _sample(units, options.text_field))
-        job.prepare(backend.versions(), unit_bytes)
+        if not job.prepare(backend.versions(), unit_bytes):
+            return TokenizeResult(Manifest.load(output), already_there=True)
         with Workers(min(workers, max(len(units), 1))) as pool:
             try:
-                plan = _hash_pass(job, units, options, pool)
+                plan = _hash_pass(job, units, options, pool, part)
                 job.check_sources()
-                shards = _tokenize_pass(job, units, plan, tokenizer, options, backend, pool)
+                shards = _tokenize_pass(job, units, plan, tokenizer, options, backend, pool, part)
             except (DataError, OSError) as error:
                 job.check_sources()  # a change explains whatever else was found
                 if isinstance(error, InputChanged):
                     job.give_up(str(error))
                 raise
             job.check_sources()
+        if shards is None:
+            finished = job.is_complete()
+            return TokenizeResult(Manifest.load(output) if finished else None, already_there=finished)
         content = {
             "format_version": FORMAT_VERSION,
             "job": job.digest,
@@ -140,12 +151,15 @@ def _sample(units: list[Unit], text_field: str) -> Iterator[str]:
             yield text[:SAMPLE_CHARACTERS]
 
 
-def _hash_pass(job: Job, units: list[Unit], options: TokenizeOptions, pool: Workers) -> Plan:
+def _hash_pass(job: Job, units: list[Unit], options: TokenizeOptions, pool: Workers, part: Part | None) -> Plan:
     paths = [job.work / "hash" / f"{index:06d}.npz" for index in range(len(units))]
     tasks = [HashTask(unit, path, options.text_field, options.on_invalid) for unit, path in zip(units, paths, strict=True)]
-    with Progress("hash", sum(unit.input_bytes for unit in units)) as progress:
-        for size in pool.map(hash_unit, tasks):
-            progress.update(size)
+    if part is None:
+        with Progress("hash", sum(unit.input_bytes for unit in units)) as progress:
+            for size in pool.map(hash_unit, tasks):
+                progress.update(size)
+    else:
+        work_through(part, hash_unit, tasks, pool, job.work / "hash", "hash")
     plan = plan_documents(paths, options.validation_fraction)
     counts = _total(plan.counts)
     if not counts["kept"]:
@@ -156,22 +170,41 @@ def _hash_pass(job: Job, units: list[Unit], options: TokenizeOptions, pool: Work
 
 
 def _tokenize_pass(
-    job: Job, units: list[Unit], plan: Plan, tokenizer: TokenizerFile, options: TokenizeOptions, backend: Backend, pool: Workers
-) -> list[dict]:
-    """Encodes the units and joins them into shards. Returns the shards' entries for the manifest, train first."""
+    job: Job,
+    units: list[Unit],
+    plan: Plan,
+    tokenizer: TokenizerFile,
+    options: TokenizeOptions,
+    backend: Backend,
+    pool: Workers,
+    part: Part | None,
+) -> list[dict] | None:
+    """Encodes the units and joins them into shards. Returns the shards' entries for the manifest, train first.
+
+    None where another part joins them.
+    """
     folder = job.work / "tokens"
-    names = [f"{index:06d}" for index in range(len(units))]
-    tasks = (
-        TokenizeTask(unit, folder, name, options.text_field, unit_plan, tokenizer, backend.name, options.dtype)
-        for unit, name, unit_plan in zip(units, names, plan.units, strict=True)
-    )
+    tasks = [
+        TokenizeTask(unit, folder, f"{index:06d}", options.text_field, unit_plan, tokenizer, backend.name, options.dtype)
+        for index, (unit, unit_plan) in enumerate(zip(units, plan.units, strict=True))
+    ]
+    if part is None:
+        return _join(job, tasks, pool.map(tokenize_unit, tasks), options, "tokenize")
+    work_through(part, tokenize_unit, tasks, pool, folder, "tokenize")
+    if not job.begin_assembly():
+        return None
+    return _join(job, tasks, [unit.input_bytes for unit in units], options, "join")
+
+
+def _join(job: Job, tasks: list[TokenizeTask], sizes: Iterable[int], options: TokenizeOptions, description: str) -> list[dict]:
+    """Joins the units into shards, each once its size, the bytes of its input, comes out of `sizes`."""
     mergers = [SplitMerger(job, split, options) for split in SPLITS]
     try:
-        with Progress("tokenize", sum(unit.input_bytes for unit in units)) as progress:
-            for name, size in zip(names, pool.map(tokenize_unit, tasks), strict=True):
-                lens = read_journal(folder / f"{name}.npz")
+        with Progress(description, sum(task.unit.input_bytes for task in tasks)) as progress:
+            for task, size in zip(tasks, sizes, strict=True):
+                journal = read_journal(task.folder / f"{task.name}.npz")
                 for merger in mergers:
-                    merger.add(folder / f"{name}.{merger.split}", lens[merger.split])
+                    merger.add(task.folder / f"{journal.get('stem', task.name)}.{merger.split}", journal[merger.split])
                 progress.update(size)
         return [shard_entry(shard) for merger in mergers for shard in merger.writer.finish()]
     finally:
@@ -196,7 +229,7 @@ class SplitMerger:
         def tokens(start: int, stop: int) -> np.ndarray:
             if not path.is_file() or path.stat().st_size != int(lens.sum()) * self.dtype.itemsize:
                 # Work files are not flushed to the device. Nothing but the journals says that this one is complete.
-                shutil.rmtree(path.parent)
+                shutil.rmtree(path.parent, ignore_errors=True)
                 raise DataError(f"{path} was lost when the machine went down: run the same command again, published shards are kept")
             return np.memmap(path, self.dtype, "r")[start:stop]
 

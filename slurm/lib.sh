@@ -3,6 +3,7 @@
 #
 #   pretrain NAME CONFIG [flags]   submit; inside of a job: start, wait, go on
 #   tool COMMAND ...               the same for a command that does not train
+#   tokenize_corpus [flags]        submit; inside of a job: do a part
 #
 # What can be decided without Slurm is decided by `python -m pretrain.job`.
 set -euo pipefail
@@ -25,6 +26,8 @@ source "$SLURM_FOLDER/lib/preflight.sh"
 source "$SLURM_FOLDER/lib/survive.sh"
 # shellcheck source=lib/tools.sh
 source "$SLURM_FOLDER/lib/tools.sh"
+# shellcheck source=lib/tokenize.sh
+source "$SLURM_FOLDER/lib/tokenize.sh"
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() {

@@ -7,6 +7,7 @@ submit() {
   shift 2
   [ -n "${DRY_RUN:-}" ] || submit_script
   show_submission
+  echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
   CODE=$REPOSITORY
   enter_environment
   training_flags "$name" "$config" "$@"
@@ -30,7 +31,6 @@ submit_script() {
 show_submission() {
   echo "would run: sbatch${QSPARSE_SBATCH:+ $QSPARSE_SBATCH} $JOB_SCRIPT ${ARGUMENTS[*]}"
   env | grep -E '^(SBATCH_|QSPARSE_|MLFLOW_|LAUNCHER=|PREFLIGHT=|CONTINUE=|UPDATE_CODE=)' | sort | sed 's/^/  /' || true
-  echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
 }
 
 # The plan, for the nodes and devices that would be asked for.
