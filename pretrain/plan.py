@@ -17,10 +17,11 @@ from megatron_qsparse.models.accounting import (
     projection_shapes,
 )
 from megatron_qsparse.models.config import ModelConfig
-from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_rank
+from megatron_qsparse.models.memory import checkpoint_bytes
 from pretrain import launcher
 from pretrain.arguments import make_parser, read, to_config
 from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.layouts import memory_of
 from pretrain.outlook import look
 from pretrain.validate import examine
 
@@ -141,17 +142,7 @@ def moments(interval: int, steps: int) -> str:
 
 
 def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
-    parallel, train = config.parallel, config.train
-    data = max(1, world_size // (parallel.tensor * parallel.pipeline))
-    layout = Layout(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, data=data, virtual_pipeline=parallel.virtual_pipeline,
-        sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage, recompute=train.recompute,
-        micro_batches=max(1, train.global_batch_size // (train.micro_batch_size * data)),
-    )  # fmt: skip
-    precision = config.train.precision
-    memory = memory_per_rank(
-        model, layout, config.qsparse, config.bitnet, precision, config.train.micro_batch_size, config.data.sequence_length
-    )
+    precision, memory = config.train.precision, memory_of(config, world_size, model)
     saved = checkpoint_bytes(model, precision, config.bitnet.subln)
     parts = ("weights", "gradients", "optimizer", "codes", "gathered", "activations", "total")
     interval, milestones = config.checkpoint.milestone_interval, []
