@@ -1,5 +1,6 @@
 """All layouts of a run on a cluster: which are possible, which fit, and which may be fastest."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,8 @@ SEARCHED = (
     "train.recompute", "train.micro_batch_size",
 )  # fmt: skip
 """The settings that a layout consists of; all others stay as they are."""
-EQUAL = 0.05
-"""Step times that differ by less, relative to the shortest, are the same to the estimate."""
+EQUAL = 0.15
+"""Step times that differ by less, relative to the shortest, are taken to be the same: the estimate cannot tell more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,27 @@ class Suggestions:
 
     @property
     def best(self) -> Candidate | None:
-        """The layout to take: of those that are fastest to the estimate, the one that needs least memory."""
+        """The layout to take: of those that are fastest as far as the estimate can tell, the simplest."""
         if not self.fitting:
             return None
         limit = (1 + EQUAL) * self.fitting[0].time.total
-        return min((item for item in self.fitting if item.time.total <= limit), key=lambda item: item.memory.total)
+        return min((item for item in self.fitting if item.time.total <= limit), key=_simplest)
 
 
-def search(config: PretrainConfig, model: ModelConfig, cluster: Cluster, usable: float, pinned: frozenset[str] = frozenset()) -> Suggestions:
+def _simplest(candidate: Candidate) -> tuple:
+    """Lowest ZeRO stage, fewest pipeline stages, no recomputation, fewest chunks; then least memory.
+
+    Higher stages send gradients, and weights, for every micro-batch: they suffer most where the network is slower than assumed.
+    """
+    config = candidate.config
+    return (
+        config.zero.stage, config.parallel.pipeline, config.train.recompute, config.parallel.virtual_pipeline, candidate.memory.total,
+    )  # fmt: skip
+
+
+def search(
+    config: PretrainConfig, model: ModelConfig, cluster: Cluster, usable: float, pinned: frozenset[str] = frozenset()
+) -> Suggestions:
     """Every layout of `config` on the whole cluster, its global batch unchanged.
 
     model: resolved. usable: bytes of a GPU that weights, states and activations may take. pinned: names of `SEARCHED` that keep
@@ -84,9 +98,14 @@ def candidates(
     config: PretrainConfig, model: ModelConfig, cluster: Cluster, pinned: frozenset[str], refused: Counter
 ) -> Iterator[Candidate]:
     """What `pretrain.validate` would let start. refused: counts the reasons of the others."""
+    of_projections: dict[int, list[str]] = {}
     for settings in _combinations(config, model, cluster, pinned):
         changed = with_settings(config, settings)
-        if problems := layout_problems(changed, model, cluster.world_size):
+        tensor = changed.parallel.tensor
+        if tensor not in of_projections:
+            # They take longest, and of a layout only the tensor-parallel size matters to them.
+            of_projections[tensor] = rules.projection_problems(changed, model)
+        if problems := layout_problems(changed, model, cluster.world_size) or of_projections[tensor]:
             refused.update(problems[:1])
             continue
         yield evaluate(changed, model, cluster)
@@ -101,12 +120,9 @@ def evaluate(config: PretrainConfig, model: ModelConfig, cluster: Cluster) -> Ca
 
 
 def layout_problems(config: PretrainConfig, model: ModelConfig, world_size: int) -> list[str]:
-    """What `pretrain.validate.examine` says of the settings in `SEARCHED`."""
+    """What `pretrain.validate.examine` says of the settings in `SEARCHED`, but for the widths of sparse inputs."""
     return (
-        rules.batch_problems(config, world_size)
-        or rules.model_problems(config, model)
-        or rules.expert_problems(config, model, world_size)
-        or rules.projection_problems(config, model)
+        rules.batch_problems(config, world_size) or rules.model_problems(config, model) or rules.expert_problems(config, model, world_size)
     )
 
 
@@ -148,4 +164,5 @@ def _combinations(config: PretrainConfig, model: ModelConfig, cluster: Cluster, 
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
