@@ -136,7 +136,7 @@ def with_settings(config: PretrainConfig, settings: dict[str, bool | int]) -> Pr
 
 
 def _combinations(config: PretrainConfig, model: ModelConfig, cluster: Cluster, pinned: frozenset[str]) -> Iterator[dict[str, bool | int]]:
-    """Settings worth asking about: divisors of what they must divide. Sequence parallelism comes with tensor parallelism."""
+    """Settings worth asking about: divisors of what they must divide, and not what the rules refuse always."""
     world, batch = cluster.world_size, config.train.global_batch_size
 
     def values(name: str, offered: list) -> list:
@@ -146,13 +146,15 @@ def _combinations(config: PretrainConfig, model: ModelConfig, cluster: Cluster, 
     for tensor, pipeline in product(
         values("parallel.tensor", _divisors(cluster.gpus_per_node)), values("parallel.pipeline", _divisors(model.num_layers))
     ):
+        if world % (tensor * pipeline) and pinned.isdisjoint({"parallel.tensor", "parallel.pipeline"}):
+            continue
         data = max(1, world // (tensor * pipeline))
         chunks = _divisors(max(1, model.num_layers // pipeline)) if pipeline > 1 else [1]
         for sequence, virtual, expert, stage, recompute, size in product(
             values("parallel.sequence", [False, True] if tensor > 1 else [False]),
             values("parallel.virtual_pipeline", chunks),
             values("parallel.expert", _divisors(model.num_experts) if model.num_experts else [1]),
-            values("zero.stage", [1, 2, 3]),
+            values("zero.stage", [1, 2] if pipeline > 1 else [1, 2, 3]),
             values("train.recompute", [False, True]),
             values("train.micro_batch_size", _divisors(max(1, batch // data))),
         ):
