@@ -8,6 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from megatron_qsparse.models.accounting import parameters
 from megatron_qsparse.models.config import ModelConfig
 from pretrain.arguments import read, to_config
 from pretrain.config import ConfigurationError, PretrainConfig
@@ -63,19 +64,24 @@ def main(parser, args: list[str]) -> int:
         cluster = replace(cluster, gpu=replace(cluster.gpu, efficiency=efficiency))
     pinned = frozenset(SEARCHED) & _names(args)
     found = search(config, model, cluster, usable, pinned)
-    size = f"{values['nodes']} node{'s' if values['nodes'] > 1 else ''} of {cluster.gpus_per_node} {values['gpu']}"
-    print(f"{config.model.preset} on {size}, {config.train.global_batch_size} samples of {config.data.sequence_length} tokens a step: "
-          f"{found.possible:,} layouts are possible, {len(found.fitting):,} fit into {usable / page.GIB:.1f} GiB "
-          f"({cluster.gpu.memory / 1e9:.0f} GB less {values['reserve']:.0%}); seconds of a step on the right\n")  # fmt: skip
-    if not found.fitting:
-        print(*page.nothing_lines(found, cluster, usable, values["reserve"]), sep="\n")
-        return 2
-    configured = None if layout_problems(config, model, cluster.world_size) else evaluate(config, model, cluster)
-    print(page.layout_table(found, configured, cluster), "", *page.choice_lines(found), "", sep="\n")
-    print(*page.source_lines(cluster, values["gpu"], values["reserve"], source), sep="\n")
-    for problem in examine(found.best.config, cluster.world_size)[0]:
-        print(f"besides, before the run can start: {problem}")
-    return 0
+    size = f"{values['nodes']} node{'s' if values['nodes'] > 1 else ''} of {cluster.gpus_per_node} {values['gpu'].lower()}"
+    count = parameters(model, config.bitnet.subln).total
+    batch = f"{config.train.global_batch_size} samples of {config.data.sequence_length} tokens"
+    lines = [
+        f"{count / 1e9:.3g} billion parameters on {size}, {batch} a step: {found.possible:,} layouts are possible, "
+        f"{len(found.fitting):,} fit into {usable / page.GIB:.1f} GiB ({cluster.gpu.memory / 1e9:.0f} GB less "
+        f"{100 * values['reserve']:.0f} %); seconds of a step on the right\n"
+    ]
+    if found.best is None:
+        lines += page.nothing_lines(found, cluster, usable, values["reserve"])
+    else:
+        configured = None if layout_problems(config, model, cluster.world_size) else evaluate(config, model, cluster)
+        lines += [page.layout_table(found, configured, cluster), "", *page.choice_lines(found), ""]
+        lines += page.source_lines(cluster, values["gpu"].lower(), values["reserve"], source)
+        problems = examine(found.best.config, cluster.world_size)[0]
+        lines += [f"besides, before the run can start: {problem}" for problem in problems]
+    print("\n".join(lines))
+    return 2 if found.best is None else 0
 
 
 def _cluster(values) -> tuple[Cluster, float, str]:

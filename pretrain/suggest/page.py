@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from pretrain.gpus import GPUS
-from pretrain.suggest.search import EQUAL, Candidate, Suggestions
+from pretrain.suggest.search import COMFORTABLE, EQUAL, Candidate, Suggestions
 from pretrain.suggest.step_time import REACHED, Cluster, StepTime
 
 GIB = 2**30
@@ -43,8 +43,8 @@ def choice_lines(found: Suggestions) -> list[str]:
     """Which layout to take, why, and its flags."""
     best, fastest = found.best, found.fitting[0]
     lines = [
-        f"take *: of the layouts within {EQUAL:.0%} of the fastest, which the estimate cannot tell apart, the simplest (lowest ZeRO stage, "
-        "fewest pipeline stages, no recomputation, then least memory)",
+        f"take *: of the layouts within {100 * EQUAL:.0f} % of the fastest, which the estimate cannot tell apart, the simplest: lowest "
+        f"ZeRO stage, experts within a node, fewest pipeline stages, no recomputation, memory below {100 * COMFORTABLE:.0f} %",
         f"  memory of its fullest rank, {memory_text(best)}",
         f"  {flags(best)}",
     ]
@@ -59,14 +59,14 @@ def source_lines(cluster: Cluster, gpu_name: str, reserve: float, source: str) -
         "where the times come from: arithmetic, not a measurement; no run of this project on a GPU has been timed yet",
         "  step = compute + tensor + experts + bubble + pipeline + gradients + data + optimizer; nothing is taken to overlap",
         f"  compute: FLOPs / ({gpu.efficiency:.3g} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s); {source}",
-        f"  tensor, experts, pipeline, data: bytes / ({REACHED:.0%} of NVLink {gpu.nvlink / 1e9:,.0f} GB/s, or of a node's network "
+        f"  tensor, experts, pipeline, data: bytes / ({100 * REACHED:.0f} % of NVLink {gpu.nvlink / 1e9:,.0f} GB/s, or of a node's network "
         f"{cluster.node_bandwidth / 1e9:,.0f} GB/s (--node_bandwidth), one direction)",
-        f"  gradients, optimizer: bytes / ({REACHED:.0%} of {gpu_name}'s memory bandwidth, {gpu.hbm / 1e12:.3g} TB/s)",
+        f"  gradients, optimizer: bytes / ({100 * REACHED:.0f} % of {gpu_name}'s memory bandwidth, {gpu.hbm / 1e12:.3g} TB/s)",
         "  bubble: (stages - 1) / (chunks x micro-batches) of compute, tensor and experts",
         "  left out: the cost of top-K and int8 (the README's Status has it for CPUs), latencies and kernel launches, which favour "
         "larger micro-batches and fewer ranks a layer, reading data, saves, validations, restarts",
-        f"  memory: what tensors take, see megatron_qsparse/models/memory.py; {reserve:.0%} of the GPU (--reserve) are left for the CUDA "
-        "context, communication buffers, temporary tensors and fragmentation",
+        f"  memory: what tensors take, see megatron_qsparse/models/memory.py; {100 * reserve:.0f} % of the GPU (--reserve) are left for "
+        "the CUDA context, communication buffers, temporary tensors and fragmentation",
         "what makes it better: 20 steps of the layout on the cluster, then --calibrate RUN_DIR, which puts the measured step time in "
         "the place of the assumed fraction; --node_bandwidth as measured",
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def _cells(candidate: Candidate, cluster: Cluster) -> tuple[str, ...]:
         f"{parallel.pipeline}{f' x {parallel.virtual_pipeline}' if parallel.virtual_pipeline > 1 else ''}",
         str(parallel.expert), str(candidate.config.zero.stage), "yes" if train.recompute else "no",
         f"{candidate.micro_batches} of {train.micro_batch_size}",
-        f"{candidate.memory.total / GIB:.1f} GiB", f"{1 - candidate.memory.total / cluster.gpu.memory:.0%}",
+        f"{candidate.memory.total / GIB:.1f} GiB", f"{100 * (1 - candidate.memory.total / cluster.gpu.memory):.0f} %",
         f"{time.total:.3f} s", f"{rate:,.0f}", f"{train.steps * time.total / 86400:.2f}",
         *(f"{getattr(time, part):.3f}" for part in TIME_PARTS),
     )  # fmt: skip

@@ -20,6 +20,8 @@ SEARCHED = (
 """The settings that a layout consists of; all others stay as they are."""
 EQUAL = 0.15
 """Step times that differ by less, relative to the shortest, are taken to be the same: the estimate cannot tell more."""
+COMFORTABLE = 0.6
+"""Fraction of a GPU's memory below which there is no reason to take less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +56,29 @@ class Suggestions:
     """Layouts that the model and the batch allow, whatever their memory."""
     refused: Counter = field(default_factory=Counter)
     """Why layouts are impossible, and how many are for this reason."""
-
-    @property
-    def best(self) -> Candidate | None:
-        """The layout to take: of those that are fastest as far as the estimate can tell, the simplest."""
-        if not self.fitting:
-            return None
-        limit = (1 + EQUAL) * self.fitting[0].time.total
-        return min((item for item in self.fitting if item.time.total <= limit), key=_simplest)
+    best: Candidate | None = None
+    """The layout to take: of those that are fastest as far as the estimate can tell, the simplest (`_simplest`)."""
 
 
-def _simplest(candidate: Candidate) -> tuple:
-    """Lowest ZeRO stage, fewest pipeline stages, no recomputation, fewest chunks; then least memory.
+def _simplest(candidate: Candidate, cluster: Cluster) -> tuple:
+    """What may go wrong where the assumptions do comes last; then fewest ranks for a layer, then the shortest step.
 
-    Higher stages send gradients, and weights, for every micro-batch: they suffer most where the network is slower than assumed.
+    In this order: higher ZeRO stages, which send gradients and weights for every micro-batch; experts spread over nodes; pipeline
+    stages; recomputation; memory above `COMFORTABLE`; tensor parallelism without sequence parallelism, where every rank does all
+    norms and top-K of a layer's inputs, which the estimate leaves out; chunks of a stage.
     """
-    config = candidate.config
+    config, parallel = candidate.config, candidate.config.parallel
     return (
-        config.zero.stage, config.parallel.pipeline, config.train.recompute, config.parallel.virtual_pipeline, candidate.memory.total,
-    )  # fmt: skip
+        config.zero.stage,
+        parallel.expert > 1 and parallel.expert * parallel.tensor > cluster.gpus_per_node,
+        parallel.pipeline,
+        config.train.recompute,
+        candidate.memory.total > COMFORTABLE * cluster.gpu.memory,
+        parallel.tensor > 1 and not parallel.sequence,
+        parallel.virtual_pipeline,
+        parallel.tensor,
+        candidate.time.total,
+    )
 
 
 def search(
@@ -91,6 +97,9 @@ def search(
         elif found.nearest is None or candidate.memory.total < found.nearest.memory.total:
             found.nearest = candidate
     found.fitting.sort(key=lambda item: (item.time.total, item.memory.total))
+    if found.fitting:
+        limit = (1 + EQUAL) * found.fitting[0].time.total
+        found.best = min((item for item in found.fitting if item.time.total <= limit), key=lambda item: _simplest(item, cluster))
     return found
 
 
