@@ -4,8 +4,7 @@ import os
 
 import torch
 
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
-"""Dense bf16 tensor-core FLOP/s by the vendor's data sheets (SXM), for model FLOPs utilization."""
+from pretrain.gpus import PEAK_BF16_FLOPS
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -1,8 +1,10 @@
 """What a run would be, without starting anything: size, sparsity, memory, batch arithmetic, what lies in its directory, every problem.
 
     python -m pretrain.plan --config pretrain/configs/tiny_qsparse.yaml --world_size 16 [--section.field value ...]
+    python -m pretrain.plan --suggest --nodes 8 --gpu h100-80 --config pretrain/configs/7b_qsparse.yaml --model.vocab_size 32000
 
-Exit status 0 where the run could start, 2 where something must be changed first.
+The second ranks the layouts that fit a cluster. Exit status 0 where the run could start, or a layout fits, 2 where something must be
+changed first.
 """
 
 import sys
@@ -17,21 +19,29 @@ from megatron_qsparse.models.accounting import (
     projection_shapes,
 )
 from megatron_qsparse.models.config import ModelConfig
-from megatron_qsparse.models.memory import Layout, checkpoint_bytes, memory_per_rank
+from megatron_qsparse.models.memory import checkpoint_bytes
 from pretrain import launcher
 from pretrain.arguments import make_parser, read, to_config
 from pretrain.config import ConfigurationError, PretrainConfig
+from pretrain.layouts import memory_of
 from pretrain.outlook import look
+from pretrain.suggest import command as suggest
 from pretrain.validate import examine
 
 GIB = 2**30
 
 
 def main(args: list[str] | None = None) -> int:
+    args = list(sys.argv[1:] if args is None else args)
     parser = make_parser(prog="python -m pretrain.plan", description=__doc__)
     try:
+        suggest.add_arguments(parser)
+        if mistake := suggest.misplaced(args):
+            raise ConfigurationError(mistake)
+        if suggest.FLAG in args:
+            return suggest.main(parser, args)
         parser.add_argument("--world_size", type=int, default=launcher.world_size(), help="processes of the whole run")
-        values = read(parser, args, more={"world_size": int})
+        values = read(parser, args, more={"world_size": int, **suggest.TYPES})
     except ConfigurationError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
@@ -141,17 +151,7 @@ def moments(interval: int, steps: int) -> str:
 
 
 def memory_rows(config: PretrainConfig, world_size: int, model: ModelConfig) -> list[tuple[str, str]]:
-    parallel, train = config.parallel, config.train
-    data = max(1, world_size // (parallel.tensor * parallel.pipeline))
-    layout = Layout(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, data=data, virtual_pipeline=parallel.virtual_pipeline,
-        sequence=parallel.sequence, expert=parallel.expert, zero_stage=config.zero.stage, recompute=train.recompute,
-        micro_batches=max(1, train.global_batch_size // (train.micro_batch_size * data)),
-    )  # fmt: skip
-    precision = config.train.precision
-    memory = memory_per_rank(
-        model, layout, config.qsparse, config.bitnet, precision, config.train.micro_batch_size, config.data.sequence_length
-    )
+    precision, memory = config.train.precision, memory_of(config, world_size, model)
     saved = checkpoint_bytes(model, precision, config.bitnet.subln)
     parts = ("weights", "gradients", "optimizer", "codes", "gathered", "activations", "total")
     interval, milestones = config.checkpoint.milestone_interval, []

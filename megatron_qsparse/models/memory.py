@@ -97,10 +97,14 @@ def _stage_memory(
     codes = activations = largest = 0
     layer_input = model.hidden_size * element / (layout.tensor if layout.sequence else 1)
     starts = [(chunk * layout.pipeline + stage) * per_chunk for chunk in range(chunks)]
+    settings: dict = {}
     for layer in (start + i for start in starts for i in range(per_chunk)):
-        settings = {n: resolve(layer, model.num_layers, n, inputs, qsparse, bitnet) for n, (_, inputs) in shapes.items()}
-        codes += sum(_held_here(model, name, shapes, layout) for name in shapes if settings[name].quantized)
-        layer_bytes = _layer_activation_bytes(model, layout, settings, precision)
+        if qsparse.recipe or not settings:
+            # Without a recipe all layers are alike.
+            settings = {n: resolve(layer, model.num_layers, n, inputs, qsparse, bitnet) for n, (_, inputs) in shapes.items()}
+            layer_codes = sum(_held_here(model, name, shapes, layout) for name in shapes if settings[name].quantized)
+            layer_bytes = _layer_activation_bytes(model, layout, settings, precision)
+        codes += layer_codes
         activations += layer_input if layout.recompute else layer_bytes
         largest = max(largest, layer_bytes)
         held += 2 * model.hidden_size
