@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A mixture of experts with Q-Sparse inputs. sbatch slurm/pretrain_moe.sh [--section.field value ...]; see slurm/README.md.
 #SBATCH --job-name=moe_qsparse
-#SBATCH --nodes=1
+#SBATCH --nodes=8
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
