@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     end.add_argument("--status", type=int, required=True, help="exit status of srun")
     end.add_argument("--signal", default="", choices=["", "USR1", "TERM"], help="what the job had been sent")
     end.add_argument("--cancelled", action="store_true", help="the job was cancelled: it does not go on")
+    end.add_argument("--reason", default="", help="why training was not begun")
     end.set_defaults(run=_end)
     for command in (begin, end):
         command.add_argument("--job", required=True)
@@ -134,7 +135,7 @@ def _end(options: argparse.Namespace, config: PretrainConfig) -> int:
     chain = options.chain or options.job
     said = outcome.read(_outcome_file(_folder(options, config)))
     before = attempts.read(config.run_directory)
-    decision = decide.after(config, options.status, options.signal, said, before, chain, options.tries)
+    decision = decide.after(config, options.status, options.signal, said, before, chain, options.tries, options.reason)
     if options.cancelled and decision.kind == "again":
         decision = decide.Decision("stopped", f"the job was cancelled; {decision.reason}")
     if decision.kind == "finished":

@@ -55,12 +55,13 @@ def give_up(count: int, tries: int, step: int) -> str | None:
 
 
 def after(
-    config: PretrainConfig, status: int, signalled: str, said: outcome.Outcome | None, attempts: Sequence[Attempt], chain: str, tries: int
-) -> Decision:
+    config: PretrainConfig, status: int, signalled: str, said: outcome.Outcome | None, attempts: Sequence[Attempt], chain: str, tries: int,
+    reason: str = "",
+) -> Decision:  # fmt: skip
     """What follows from how the training processes ended.
 
     status: of srun. signalled: what the job had been sent (USR1, TERM, or ""). said: by a process that cannot go on. attempts: with
-    the one that has ended, not yet marked as such.
+    the one that has ended, not yet marked as such. reason: why training was not begun.
     """
     step = newest_step(config)
     if step >= config.train.steps:
@@ -69,7 +70,7 @@ def after(
         return Decision("stopped", f"{stop} is there: remove it and submit the job again to train on from step {step}")
     if said is not None:
         return Decision("failed", said.message)
-    ended = f"{signalled} came" if signalled else f"the training processes ended with status {status}"
+    ended = reason or (f"{signalled} came" if signalled else f"the training processes ended with status {status}")
     why = f"{ended}; the newest complete checkpoint is of step {step}"
     if signalled == "TERM":
         return Decision("again", why)

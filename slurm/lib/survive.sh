@@ -65,17 +65,23 @@ train() {
   after_training "$status"
 }
 
+# after_training STATUS [WHY]: WHY training was not even begun.
 after_training() {
-  local status=$1 answer cancelled=""
+  local status=$1 why=${2:-} answer cancelled=""
   [ "$SIGNALLED" != TERM ] || [ "$(job_state)" != CANCELLED ] || cancelled=1
   answer=$(inside python -m pretrain.job end --job "$SLURM_JOB_ID" --restart "$SLURM_RESTART_COUNT" --chain "$JOB_KEY" \
-    --tries "${QSPARSE_TRIES:-3}" --status "$status" ${SIGNALLED:+--signal "$SIGNALLED"} ${cancelled:+--cancelled} -- "${FLAGS[@]}") || leave $?
+    --tries "${QSPARSE_TRIES:-3}" --status "$status" ${SIGNALLED:+--signal "$SIGNALLED"} ${cancelled:+--cancelled} ${why:+--reason "$why"} \
+    -- "${FLAGS[@]}") || leave $?
   eval "$answer"
   say "$OUTCOME: $REASON"
   case $OUTCOME in
     finished | stopped) leave 0 ;;
     failed) leave $((status ? status : 1)) ;;
-    again) go_on "$status" ;;
+    again)
+      # Nobody is told of what failed where it is not tried again.
+      [ -z "$why" ] || status=1
+      go_on "$status"
+      ;;
   esac
 }
 

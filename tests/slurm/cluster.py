@@ -15,7 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -115,6 +117,43 @@ class Cluster:
         """Bring a crashed node back; -b reports a boot, so that jobs that were lost with it are ended."""
         self._start(name, "-b")
         self._wait_until_idle()
+
+    @contextlib.contextmanager
+    def hidden(self, name: str, folder: Path) -> Iterator[None]:
+        """The folder is empty on this node. Needs root."""
+        inside = ["nsenter", "--mount", f"--target={self._pid(f'slurmd.{name}')}"]
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*inside, "umount", "--lazy", folder], check=True)
+
+    @contextlib.contextmanager
+    def slowed(self, name: str, command: str) -> Iterator[None]:
+        """Processes of this node with that in their command line are stopped nine tenths of the time."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._slow_down, args=(name, command, ended))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _slow_down(self, name: str, command: str, ended: threading.Event) -> None:
+        found: set[psutil.Process] = set()
+        looked = 0.0
+        while not ended.is_set():
+            if time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                below = [child for pid in self._steps(name) for child in psutil.Process(pid).children(recursive=True)]
+                with contextlib.suppress(psutil.Error):
+                    found = {process for process in below if command in " ".join(process.cmdline())}
+            for number, seconds in ((signal.SIGSTOP, 0.045), (signal.SIGCONT, 0.005)):
+                for process in found:
+                    with contextlib.suppress(psutil.Error):
+                        process.send_signal(number)
+                time.sleep(seconds)
 
     def resume(self) -> None:
         """Every node is ready again and no job is left, whatever a test has done."""

@@ -1,0 +1,31 @@
+"""Nodes that are not fit are named, and left out of the next start."""
+
+import os
+
+import pytest
+
+from pretrain.job import attempts
+from tests.slurm.jobs import flags, submit
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="hiding a folder from one node needs root")
+def test_a_slow_node_and_one_that_cannot_read_the_data(cluster, shards, tmp_path):
+    given = flags(tmp_path, shards, "--tracking.enabled", "false", "--train.micro_batch_size", 4, "--train.global_batch_size", 24)
+    with cluster.hidden("node3", shards), cluster.slowed("node2", "pretrain.preflight"):
+        job = submit(cluster, tmp_path, *given, options=("--nodes=1-3",), env={"PREFLIGHT": "1"})
+        job.until(lambda: job.restarts() == 1, "requeued")
+    log = job.finish()
+    assert "bad node: node2: computes at" in log and "bad node: node3: cannot read the data: " in log
+    assert "bad node: node1" not in log and "2 of 3 nodes are bad" in log
+    assert "excluded from the next start: node2,node3" in log and cluster.job(job.id)["ExcNodeList"] == "node[2-3]"
+    assert "1 nodes are good" in log
+    first, second = attempts.read(job.run)
+    assert (first.outcome, first.reason.split(";")[0], second.nodes) == ("again", "preflight: node2 node3", ["node1"])
+
+
+@pytest.mark.slurm
+def test_a_look_without_training(cluster, shards, tmp_path):
+    job = submit(cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_DATA": str(shards)})
+    log = job.finish()
+    assert "3 nodes are good" in log and "between GB/s" in log
