@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pretrain.blackboard import Blackboard
 from pretrain.callbacks.signals import AGAIN_S
 from pretrain.lease import FOLDER, Owner
+from tests.pretrain import notified
 from tests.pretrain.faults import Fault
 from tests.pretrain.forked import ForkedRun, _free_port
 from tests.pretrain.launch import TIMEOUT_S, TINY, journal, started, training, wait_for_step
@@ -60,12 +61,16 @@ def test_under_the_launcher_the_others_end_and_the_cause_is_told_first(shards, t
 
 @pytest.mark.parametrize(("where", "rank", "doing"), [("data", 1, "waiting for data"), ("callback", 0, "logging")])
 def test_the_failing_rank_says_what_it_did(shards, tmp_path, where, rank, doing):
-    with training("--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, before=Fault(rank, 3, where, "raises")) as process:
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, *notified.NOTIFY]
+    with training(*arguments, before=Fault(rank, 3, where, "raises")) as process:
         output, _ = process.communicate(60)
     assert process.returncode == 1
     assert output.count("Traceback (most recent call last)") == 1 and "ArithmeticError: a fault of this test" in output
     assert f"rank {rank} (" in output and f") failed in step 3: {doing}\n" in output
     assert f"rank {1 - rank}: ends in step " in output and "lost contact with another rank" in output
+    ((event, _, _, step, message),) = notified.told(tmp_path / "run")
+    assert (event, step) == ("failure", "3") and message.startswith(f"rank {rank} (")
+    assert message.endswith(f") failed in step 3: {doing}: ArithmeticError: a fault of this test")
 
 
 def _hang(fault: Fault, told: str, *marks):
@@ -82,7 +87,7 @@ HANGS = [
 
 @pytest.mark.parametrize(("fault", "told"), HANGS)
 def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault, told):
-    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, "--train.hang_timeout_s", 4]
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, *notified.NOTIFY, "--train.hang_timeout_s", 4]
     with training(*arguments, before=fault) as process:
         other = process.processes[1 - fault.rank]
         other.join(TIMEOUT_S)
@@ -90,6 +95,8 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault,
         if fault.what == "sleeps":
             output, _ = process.communicate(60)
     assert code == 1, output
+    ((event, _, _, step, message),) = notified.told(tmp_path / "run")
+    assert (event, step) == ("stall", "4") and "): no progress for " in message
     line = next(line for line in output.splitlines() if line.startswith(f"rank {1 - fault.rank} ("))
     assert "no progress for " in line and f"; waiting for ranks [{fault.rank}]: {told}" in line
     if fault.what == "sleeps":
