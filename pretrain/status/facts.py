@@ -17,7 +17,7 @@ from pretrain.lease import FOLDER, PATIENCE_S, Lease, Owner
 from pretrain.status.lines import tail, times
 from pretrain.tracking.journal import discarded_path
 from pretrain.tracking.record import RECORD_NAME, RunRecord
-from pretrain.tracking.state import METRICS_NAME, SYSTEM_NAME, unshipped_points
+from pretrain.tracking.state import METRICS_NAME, STATE_NAME, SYSTEM_NAME, unshipped_points
 
 MARKS = (RECORD_NAME, METRICS_NAME, CONFIG_NAME, "checkpoints", FOLDER, account.FOLDER)
 """A directory with one of these is a run's."""
@@ -94,31 +94,34 @@ def read(directory: Path, now: float, counting: bool = False) -> Facts:
     if not empty and not is_run(directory):
         raise NoRun(f"{directory} is no run directory, since it holds none of {', '.join(MARKS)}: name the output_dir of a run")
     facts = Facts(directory=directory)
-    facts.settings = _try(facts, {}, lambda: _settings(directory))
-    facts.record = _try(facts, None, lambda: _record(directory))
-    facts.attempts = _try(facts, [], lambda: [attempt for attempt in account.read(directory) if _usable(attempt)])
-    facts.rollbacks = _try(facts, 0, lambda: len(rollback.read(directory)))
-    facts.rows = _try(facts, [], lambda: tail(directory / METRICS_NAME))
-    _try(facts, None, lambda: _look_at_owner(facts, now))
-    _try(facts, None, lambda: _look_at_checkpoints(facts))
-    facts.lines = _try(facts, [], lambda: list(times(directory / METRICS_NAME)))
+    facts.settings = _try(facts, CONFIG_NAME, {}, lambda: _settings(directory))
+    facts.record = _try(facts, RECORD_NAME, None, lambda: _record(directory))
+    facts.attempts = _try(facts, account.FOLDER, [], lambda: [attempt for attempt in account.read(directory) if _usable(attempt)])
+    facts.rollbacks = _try(facts, rollback.NAME, 0, lambda: len(rollback.read(directory)))
+    facts.rows = _try(facts, METRICS_NAME, [], lambda: tail(directory / METRICS_NAME))
+    _try(facts, FOLDER, None, lambda: _look_at_owner(facts, now))
+    _try(facts, "checkpoints", None, lambda: _look_at_checkpoints(facts))
+    facts.lines = _try(facts, METRICS_NAME, [], lambda: list(times(directory / METRICS_NAME)))
     facts.signs += [when for when, _ in facts.lines]
     if facts.attempts:
-        discarded = _try(facts, [], lambda: list(times(discarded_path(directory / METRICS_NAME))))
-        system = _try(facts, [], lambda: tail(directory / SYSTEM_NAME))
-        facts.signs += [when for when, _ in discarded] + [row["timestamp_ms"] / 1000 for row in system]
+        discarded = discarded_path(directory / METRICS_NAME)
+        facts.signs += [when for when, _ in _try(facts, discarded.name, [], lambda: list(times(discarded)))]
+        facts.signs += [row["timestamp_ms"] / 1000 for row in _try(facts, SYSTEM_NAME, [], lambda: tail(directory / SYSTEM_NAME))]
     if counting and facts.record is not None and facts.settings.get("tracking.enabled") is not False:
-        facts.unshipped = _try(facts, None, lambda: unshipped_points(directory))
+        facts.unshipped = _try(facts, STATE_NAME, None, lambda: unshipped_points(directory))
     return facts
 
 
-def _try(facts: Facts, otherwise: T, action: Callable[[], T]) -> T:
+def _try(facts: Facts, name: str, otherwise: T, action: Callable[[], T]) -> T:
+    """What it returns, or `otherwise` where that cannot be read, which is told. name: of the file or folder that it reads."""
     try:
         return action()
     except DAMAGED as error:
         told = " ".join(str(error).split()) or type(error).__name__
-        if told not in facts.problems:
-            facts.problems.append(told)
+        path = str(facts.directory / name)
+        problem = told if path in told else f"{path} cannot be read ({told})"
+        if problem not in facts.problems:
+            facts.problems.append(problem)
         return otherwise
 
 

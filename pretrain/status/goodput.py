@@ -22,6 +22,7 @@ from pretrain.job.attempts import Attempt
 
 SKEW_S = 60.0
 """That the clocks of two nodes may differ by."""
+INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,19 @@ def goodput(attempts: Sequence[Attempt], lines: Sequence[tuple[float, float]], s
 
     now: where the last attempt is at work; None where it has ended or was killed. All in seconds.
     """
-    begins = [attempt.began for attempt in attempts]
-    ordered = sorted(signs)
     known = all(attempt.devices > 0 for attempt in attempts)
-    allocated = 0.0
+    alive, trained = sorted(signs), sorted(lines)
+    allocated = useful = 0.0
     for i, attempt in enumerate(attempts):
-        following = begins[i + 1] if i + 1 < len(attempts) else float("inf")
+        following = attempts[i + 1].began if i + 1 < len(attempts) else INFINITY
         ended = attempt.ended
         if ended is None:
-            ended = now if now is not None and i + 1 == len(attempts) else _last_sign(ordered, attempt.began, following)
+            ended = now if now is not None and following == INFINITY else _last_sign(alive, attempt.began, following)
         allocated += max(0.0, ended - attempt.began) * (attempt.devices if known else 1)
-    useful = 0.0
-    for when, seconds in lines:
-        i = bisect.bisect_right(begins, when) - 1
-        # What was trained outside of Slurm, before the first attempt or after one, belongs to neither.
-        if i >= 0 and when <= (attempts[i].ended or float("inf")) + SKEW_S:
-            useful += seconds * (_training(attempts[i]) if known else 1)
+        # What was trained outside of Slurm, before the first attempt or after one, belongs to none.
+        first = bisect.bisect_left(trained, (attempt.began, 0.0))
+        last = bisect.bisect_left(trained, (min(following, ended + SKEW_S), 0.0))
+        useful += sum(seconds for _, seconds in trained[first:last]) * (_training(attempt) if known else 1)
     return Goodput(useful, allocated)
 
 

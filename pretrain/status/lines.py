@@ -54,16 +54,19 @@ def times(path: Path) -> Iterator[tuple[float, float]]:
         head = HEAD.match(line)
         if head is None:
             continue
-        step, at = int(head[1]), line.find(STEP_TIME)
+        step, begin = int(head[1]), line.find(STEP_TIME) + len(STEP_TIME)
         # A journal that does not begin with step 0 has lost its beginning: nobody knows what its first line covers.
-        steps = max(0, step - before) if before is not None else int(step > 0)
-        yield int(head[2]) / 1000, steps * _seconds(line, at + len(STEP_TIME)) if at >= 0 else 0.0
+        steps = step - before if before is not None else step > 0
+        seconds = _seconds(line, begin) if begin >= len(STEP_TIME) and steps > 0 else 0.0
+        yield int(head[2]) / 1000, steps * seconds
         before = step
 
 
 def _seconds(line: bytes, begin: int) -> float:
+    """The number that begins there; 0 of what is none, or not finite."""
+    end = line.find(b",", begin)
     try:
-        value = float(re.split(rb"[,}]", line[begin : begin + 40], maxsplit=1)[0])
+        value = float(line[begin : end if end >= 0 else line.find(b"}", begin)])
     except ValueError:
         return 0.0
     # NaN is not larger either.
