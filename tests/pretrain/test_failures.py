@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pretrain.blackboard import Blackboard
 from pretrain.callbacks.signals import AGAIN_S
 from pretrain.lease import FOLDER, Owner
+from pretrain.status import facts, state
 from tests.pretrain import notified
 from tests.pretrain.faults import Fault
 from tests.pretrain.forked import ForkedRun, _free_port
@@ -147,6 +148,8 @@ def test_a_run_that_is_suspended_goes_on(shards, tmp_path):
         wait_for_step(process, run, 3)
         process.send_signal(signal.SIGSTOP)
         time.sleep(8)
+        seen = {later: state.judge(facts.read(run, time.time() + later), None, time.time() + later) for later in (0, 3600)}
+        assert [status.state for status in seen.values()] == ["training", "stalled"] and seen[0].eta_s > 0
         reached = journal(run)[-1]["step"]
         for one in process.processes:
             os.kill(one.pid, signal.SIGCONT)
