@@ -173,8 +173,9 @@ def test_processes_that_torchrun_starts_again_do_not_find_what_ended_those_befor
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = Blackboard()
     assert not again.has("hang") and again.states([3]) == {3: None}
+    assert [board.first("alarm") for board in (again, Blackboard(), again)] == [True, False, False]
     del store
-    assert again.states([3]) == {} and not again.has("hang")
+    assert again.states([3]) == {} and not again.has("hang") and again.first("alarm") is None
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from pretrain import notify
 from pretrain.config import PretrainConfig
+from pretrain.progress import Progress
+from pretrain.watchdog import Watchdog
 from tests.pretrain.faults import Fault
 from tests.pretrain.launch import TIMEOUT_S, training
 from tests.pretrain.notified import NOTIFY, log, told
@@ -76,3 +80,26 @@ def test_a_process_that_ends_waits_for_the_command_and_no_torch_is_needed(tmp_pa
         [sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
     )
     assert (tmp_path / notify.LOG_NAME).read_text().splitlines()[1] == "there"
+
+
+@dataclass
+class Board:
+    """A store that answers this."""
+
+    answer: bool | None
+
+    def first(self, key: str) -> bool | None:
+        return self.answer
+
+
+@pytest.mark.parametrize(("rank", "answer", "told_by"), [(0, True, True), (1, False, False), (0, None, False), (2, None, True)])
+def test_the_end_is_told_by_the_first_or_where_the_store_is_gone_by_the_next_machine(rank, answer, told_by, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    seen = []
+    watchdog = SimpleNamespace(
+        rank=rank, size=4, tell=lambda *event: seen.append(event), progress=Progress(), _blackboard=Board(answer)
+    )  # fmt: skip
+    Watchdog.alarm(watchdog, "stall", "hangs", Watchdog.speaks.fget(watchdog))
+    assert seen == ([("stall", 0, "hangs")] if told_by else [])
+    watchdog.size = 2
+    assert Watchdog.speaks.fget(watchdog) == (rank == 0)
