@@ -42,6 +42,10 @@ class Blackboard:
     def has(self, key: str) -> bool:
         return bool(self._ask(lambda store: store.check([key])))
 
+    def first(self, key: str) -> bool | None:
+        """Whether this rank is the first to ask for it; None where the store does not answer."""
+        return self._ask(lambda store: store.add(key, 1) == 1)
+
     def write_state(self, rank: int, state: dict[str, Any]) -> None:
         self.write(f"rank {rank}", json.dumps(state))
 

@@ -20,7 +20,7 @@ IDENTITY = (
 FREE = (
     "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
     "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "validation.", "checkpoint.",
-    "tracking.", "output_dir", "device",
+    "tracking.", "notify.", "output_dir", "device",
 )  # fmt: skip
 """Layout, intervals, places. data.path may move: the manifest's digest is compared. Not what decides which samples a roll-back leaves
 out."""

@@ -172,6 +172,18 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class NotifyConfig:
+    """Telling somebody what happens to the run."""
+
+    command: str = ""
+    """Shell command run at a failure, a stall, a loss spike and the finish; "" runs none. It finds QSPARSE_EVENT (failure, stall, spike,
+    finish), QSPARSE_RUN, QSPARSE_RUN_DIR, QSPARSE_STEP and QSPARSE_MESSAGE in its environment; its output goes to RUN_DIR/notify.log.
+    Training does not wait for it. It is saved with the configuration, in MLflow too: keep a secret in a file that it reads."""
+    timeout_s: float = 60.0
+    """Seconds after which the command is killed."""
+
+
+@dataclass(kw_only=True)
 class PretrainConfig:
     """A pretraining run."""
 
@@ -188,6 +200,7 @@ class PretrainConfig:
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
     output_dir: str = ""
     """Run directory: config.yaml, metrics.jsonl, checkpoints/, run_id. Training goes on from the newest complete checkpoint
     in it. Unset: runs/<tracking.run_name>."""

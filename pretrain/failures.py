@@ -5,7 +5,9 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
+from pretrain import notify
 from pretrain.progress import Progress
 
 LOST_CONTACT = (
@@ -17,8 +19,8 @@ WAIT_S = 3.0
 """Of a rank that only lost contact: the one that failed speaks first. The launcher ends all as soon as one has ended."""
 
 
-def report(error: BaseException, progress: Progress) -> None:
-    """Print it to stderr, once for each error."""
+def report(error: BaseException, progress: Progress, alarm: Callable[[notify.Event, str, bool], None] = lambda *_: None) -> None:
+    """Print it to stderr, once for each error. alarm: told of it after that (Watchdog.alarm)."""
     if getattr(error, "reported", False):
         return
     error.reported = True
@@ -27,10 +29,15 @@ def report(error: BaseException, progress: Progress) -> None:
     if cause is not None:
         time.sleep(WAIT_S)
         words = str(cause).strip().splitlines()[0]
-        _print(f"rank {rank}: ends {doing}, it has lost contact with another rank, which says why or was killed ({words})")
+        said = f"rank {rank}: ends {doing}, it has lost contact with another rank, which says why or was killed ({words})"
+        _print(said)
     else:
         lines = "".join(traceback.format_exception(error))
-        _print(f"rank {rank} ({socket.gethostname()}) failed {doing}\n{lines}".rstrip())
+        said = f"rank {rank} ({socket.gethostname()}) failed {doing}"
+        _print(f"{said}\n{lines}".rstrip())
+        said += f": {lines.strip().splitlines()[-1]}"
+    # Where the one that failed has taken the launcher's store with it, it has told so itself.
+    alarm("failure", said, cause is None)
 
 
 def _lost_contact(error: BaseException) -> BaseException | None:

@@ -1,6 +1,7 @@
 """One process of a run: groups, model, engine, data, callbacks, loop, and an orderly end."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ from data_tools.reader import TokenDataset
 from megatron_qsparse.models.gpt import build_model
 from megatron_qsparse.parallel import groups
 from megatron_qsparse.parallel.zero import AdamSettings, ZeroEngine
-from pretrain import rollback
+from pretrain import notify, rollback
 from pretrain.callbacks.checkpointing import FAILURE_WAIT_S, STOPPED_WAIT_S, SaveCheckpoints
 from pretrain.callbacks.metrics import LogMetrics
 from pretrain.callbacks.numbers import WatchNumbers
@@ -63,15 +64,19 @@ def run(validated: Validated, progress: Progress) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     progress.enter("starting")
-    watchdog = Watchdog(progress, hang)
+    watchdog = Watchdog(progress, hang, functools.partial(notify.tell, config) if config.notify.command else None)
     lease = Lease(config.run_directory) if dist.get_rank() == 0 else None
     try:
         owner = _refusing(lambda: own(lease, _say, progress.renew), progress, "taking the run directory")
         _train(validated, device, lease, owner, watchdog)
-    except (Refused, Stopped):
+    except Refused:
+        raise
+    except Stopped as error:
+        if dist.get_rank() == 0:
+            watchdog.alarm("failure", str(error), alone=True)
         raise
     except Exception as error:
-        report(error, progress)
+        report(error, progress, watchdog.alarm)
         raise
     finally:
         if lease is not None:
@@ -182,10 +187,12 @@ class Session:
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, Stopped):
                 # Before anything is waited for.
-                report(error, progress)
+                report(error, progress, self.signals.watchdog.alarm)
             self._end(tracker, "FAILED", STOPPED_WAIT_S if isinstance(error, Stopped) else FAILURE_WAIT_S)
             raise
         self._end(tracker, "FINISHED" if trainer.finished else "KILLED")
+        if trainer.finished and dist.get_rank() == 0:
+            notify.tell(config, "finish", state.step, f"{config.run_directory}: all {state.step} steps are done")
         if trainer.stop_reason:
             _say(f"{trainer.stop_reason}: checkpoint saved after step {state.step}; start again to go on from there")
         return None

@@ -12,6 +12,7 @@ PROBE_BYTES = 64 << 10
 """More than the files that a run begins with."""
 WRITTEN = (
     "config.yaml", "run.json", "metrics.jsonl", "metrics.discarded.jsonl", "system.jsonl", "shipped.json", "run_id", "rollbacks.json",
+    "notify.log",
 )  # fmt: skip
 FOLDERS = ("checkpoints", "artifacts", "previous", "skipped", "spikes", ".owner", "slurm", "code")
 """What a run writes in its directory, and what must be writable where it is there already."""

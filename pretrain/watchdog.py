@@ -13,10 +13,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
-from pretrain import processes
+from pretrain import notify, processes
 from pretrain.blackboard import Blackboard
 from pretrain.progress import Progress
 
@@ -32,11 +33,11 @@ COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.s
 class Watchdog:
     """Of one rank; torch.distributed must run. Threads apart, nothing of it is in the way of training.
 
-    timeout_s: how long a phase may take; 0 only publishes who lives.
+    timeout_s: how long a phase may take; 0 only publishes who lives. tell: given event, step and what is said (pretrain.notify).
     """
 
-    def __init__(self, progress: Progress, timeout_s: float):
-        self.progress, self.timeout_s = progress, timeout_s
+    def __init__(self, progress: Progress, timeout_s: float, tell: Callable[[notify.Event, int, str], None] | None = None):
+        self.progress, self.timeout_s, self.tell = progress, timeout_s, tell
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.tick_s = min(MAX_TICK_S, timeout_s / 4) if timeout_s else MAX_TICK_S
         self._training = threading.get_ident()
@@ -57,6 +58,23 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         self._publish(done=True)
+
+    def alarm(self, event: notify.Event, text: str, alone: bool) -> None:
+        """Tell people of the end of this run: the first rank that asks does, with its reason, and none after it. For any thread.
+
+        alone: tell it also where no other rank can be asked, since the store does not answer.
+        """
+        if self.tell is None:
+            return
+        first = self._blackboard.first("alarm")
+        if alone if first is None else first:
+            self.tell(event, self.progress.now.step, text)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank does for all where the store is gone, most likely with rank 0's machine: the first one of the next."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.rank == (local if local < self.size else 0)
 
     def lost(self) -> list[int]:
         """Ranks on this machine whose process is gone without having done its part."""
@@ -118,9 +136,12 @@ class Watchdog:
     def _leave(self, silent: dict[int, str]) -> None:
         """The processes of other ranks are gone: they cannot come back to a collective, whatever this rank waits for."""
         names = ", ".join(f"rank {rank} ({host})" for rank, host in sorted(silent.items()))
-        _print(f"rank {self.rank}: ends {self.progress.now}, there was no sign of life for {SILENCE_S:.0f} s from {names}")
+        told = f"rank {self.rank}: ends {self.progress.now}, there was no sign of life for {SILENCE_S:.0f} s from {names}"
+        _print(told)
         # The others then end at once.
         self._blackboard.write("hang", "1")
+        self.alarm("failure", told, self.speaks)
+        notify.linger()
         os._exit(1)
 
     def _end(self) -> None:
@@ -138,9 +159,12 @@ class Watchdog:
             time.sleep(min(2.0, self.timeout_s))
         doing, host = self.progress.now, socket.gethostname()
         waited = time.monotonic() - doing.since
-        self._say(f"rank {self.rank} ({host}): no progress for {waited:.0f} s {doing}{self._told(culprits)}")
+        told = f"rank {self.rank} ({host}): no progress for {waited:.0f} s {doing}{self._told(culprits)}"
+        self._say(told)
+        self.alarm("stall", told, self.speaks)
         # The launcher ends the others as soon as one has ended.
         time.sleep(min(3.0, self.timeout_s))
+        notify.linger()
         os._exit(1)
 
     def _told(self, culprits: dict[int, str]) -> str:

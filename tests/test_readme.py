@@ -44,7 +44,7 @@ def test_commands_run_as_written(tmp_path):
     listed = [command for command in commands() if not command.startswith(("make ", "source "))]
     corpus = next(command for command in listed if "corpus stdlib" in command)
     modules = {command.split(" -m ")[1].split()[0] for command in listed}
-    assert {"data_tools", "pretrain.plan", "pretrain.train", "pretrain.tracking", "pretrain.compare"} <= modules
+    assert {"data_tools", "pretrain.plan", "pretrain.train", "pretrain.tracking", "pretrain.compare", "pretrain.status"} <= modules
     # The reader's own corpus is stood in for by the one that the README offers.
     for command in [corpus, *(other for other in listed if other != corpus)]:
         run(command)
@@ -59,6 +59,7 @@ def test_commands_run_as_written(tmp_path):
         ["pretrain.checkpoint", "prune", "a", "--keep", "2"],
         ["pretrain.tracking", "sync", "a", "--ur", "b"],
         ["pretrain.compare", "a", "--out", "b"],
+        ["pretrain.status", "a", "--js"],
         ["pretrain.quickstart", "--step", "2"],
     ],
     ids=lambda arguments: arguments[0],

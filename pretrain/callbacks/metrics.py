@@ -10,6 +10,7 @@ from pretrain.hardware import peak_flops
 from pretrain.tracking import Tracker
 from pretrain.trainer import Callback, StepReport, Trainer
 from pretrain.validate import Validated
+from pretrain.words import duration, thousands
 
 
 class LogMetrics(Callback):
@@ -99,20 +100,9 @@ def progress_line(metrics: dict[str, float], step: int, steps: int) -> str:
     parts += [
         f"lr {metrics['train/lr']:.2e}",
         f"grad norm {metrics['train/grad_norm']:.2f}",
-        f"{_thousands(metrics['perf/tokens_per_s'])} tok/s",
+        f"{thousands(metrics['perf/tokens_per_s'])} tok/s",
     ]
     if "perf/mfu" in metrics:
         parts.append(f"mfu {100 * metrics['perf/mfu']:.0f}%")
-    parts.append(f"eta {_duration((steps - step) * metrics['perf/step_time_s'])}")
+    parts.append(f"eta {duration((steps - step) * metrics['perf/step_time_s'])}")
     return " | ".join(parts)
-
-
-def _thousands(value: float) -> str:
-    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    if hours:
-        return f"{hours}h{minutes % 60:02d}m"
-    return f"{minutes}m{int(seconds) % 60:02d}s" if minutes else f"{int(seconds)}s"

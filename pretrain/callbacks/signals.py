@@ -9,6 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from pretrain import notify
 from pretrain.callbacks.switches import SAVE, STOP, Switches
 from pretrain.run_directory import SAVE_NAME, STOP_NAME
 from pretrain.trainer import Callback, StepReport, Trainer
@@ -73,7 +74,10 @@ class StopOnSignal(Callback):
             time.sleep(1)
         time.sleep(LOST_S)
         doing = self.watchdog.progress.now
-        print(f"rank {dist.get_rank()}: ends {doing}, the processes of ranks {lost} are gone", file=sys.stderr, flush=True)
+        told = f"rank {dist.get_rank()}: ends {doing}, the processes of ranks {lost} are gone"
+        print(told, file=sys.stderr, flush=True)
+        self.watchdog.alarm("failure", told, self.watchdog.speaks)
+        notify.linger()
         os._exit(1)
 
     def _tell(self, text: str) -> None:

@@ -12,6 +12,7 @@ import statistics
 
 import torch.distributed as dist
 
+from pretrain import notify
 from pretrain.callbacks.batches import BatchFolder
 from pretrain.config import SpikeConfig
 from pretrain.trainer import Callback, RollBack, StepReport, Stopped, Trainer, TrainerState
@@ -48,6 +49,9 @@ class WatchSpikes(Callback):
         told = f"loss spike in steps {first} to {report.step}: loss {report.result.loss:.4f}, above {bound:.4f}"
         if dist.get_rank() == 0:
             print(f"warning: {told}; batches are in {self.batches.path}", flush=True)
+            if settings.action != "stop":
+                # Which is told as a failure.
+                notify.tell(self.run.config, "spike", report.step, f"{told} (spike.action={settings.action})")
         if settings.action == "stop":
             report.failure = Stopped(
                 f"{told}, and spike.action=stop: look at the batches in {self.batches.path}; lower optimizer.lr, or set "

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from data_tools.arguments import Parser
+from pretrain import notify
 from pretrain.config import ConfigurationError, PretrainConfig, parse
 from pretrain.job import attempts, decide, outcome, provenance
 from pretrain.job.attempts import Attempt
@@ -98,10 +99,12 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
             _say(f"{config.run_directory} is complete: all {config.train.steps} steps are done")
             return NOTHING_TO_DO
     if problems:
+        notify.tell(config, "failure", 0, "the run cannot start:\n" + "\n".join(problems))
         return _refuse("\n".join(problems))
     step, chain = decide.newest_step(config), options.chain or options.job
     before = attempts.read(config.run_directory)
     if given_up := decide.give_up(decide.starts_without_progress(before, chain, step), options.tries, step):
+        notify.tell(config, "failure", step, given_up)
         _say(f"error: {given_up}")
         return GIVEN_UP
     _say(*(f"warning: {warning}" for warning in warnings))
@@ -140,6 +143,9 @@ def _end(options: argparse.Namespace, config: PretrainConfig) -> int:
         decision = decide.Decision("stopped", f"the job was cancelled; {decision.reason}")
     if decision.kind == "finished":
         _mark_finished(config)
+    if decision.kind == "failed" and (said is None or said.status == outcome.REFUSED):
+        # What stopped training was told by training.
+        notify.tell(config, "failure", decide.newest_step(config), decision.reason)
     attempts.end(
         config.run_directory,
         Attempt(

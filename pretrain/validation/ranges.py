@@ -73,6 +73,7 @@ RANGES = {
     "schedule.decay_steps": STEPS, "schedule.second_lr": NOT_NEGATIVE,
     "validation.interval": STEPS, "validation.samples": COUNT,
     "checkpoint.interval": STEPS, "checkpoint.keep_last": COUNT, "checkpoint.max_failures": COUNT, "checkpoint.milestone_interval": STEPS,
+    "notify.timeout_s": Range(0, 86400.0, open_low=True, note="seconds"),
     "format_version": COUNT,
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""What names and paths may be, and whether the run directory can be written."""
+"""What names, paths and commands may be, and whether the run directory can be written."""
 
 import dataclasses
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 
 from pretrain.config import PretrainConfig, flatten, to_dict
@@ -18,7 +19,10 @@ MLFLOW_TAG = re.compile(r"[/\w.\- :]{1,250}")
 
 def problems(config: PretrainConfig) -> list[str]:
     """One line for each text that cannot be used as what it is for."""
-    return [*_unprintable(config), *_path_problems(config), *_name_problems(config), *_tag_problems(config.tracking.tags)]
+    return [
+        *_unprintable(config), *_path_problems(config), *_name_problems(config), *_tag_problems(config.tracking.tags),
+        *_command_problems(config.notify.command),
+    ]  # fmt: skip
 
 
 def usable_path(text: str) -> bool:
@@ -83,6 +87,19 @@ def _tag_problems(tags: dict[str, str]) -> Iterator[str]:
             )
         elif not value.replace("\n", "").replace("\t", "").isprintable():
             yield f"tracking.tags.{shown}={_shortened(value)!r} holds characters that cannot be printed: remove them"
+
+
+def _command_problems(command: str) -> Iterator[str]:
+    """The shell reads it without running anything: its mistakes would be found when somebody waits for the message."""
+    if not command.strip() or not command.isprintable():
+        return
+    try:
+        shell = subprocess.run(["/bin/sh", "-n", "-c", command], capture_output=True, text=True, errors="replace", timeout=10)
+        reason = " ".join(shell.stderr.split()) if shell.returncode else ""
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        yield f"notify.command={_shortened(command)!r} cannot be read by /bin/sh ({_shortened(reason)}): correct it"
 
 
 def _shortened(text: str) -> str:

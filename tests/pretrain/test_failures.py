@@ -13,6 +13,8 @@ import torch.distributed as dist
 from pretrain.blackboard import Blackboard
 from pretrain.callbacks.signals import AGAIN_S
 from pretrain.lease import FOLDER, Owner
+from pretrain.status import facts, state
+from tests.pretrain import notified
 from tests.pretrain.faults import Fault
 from tests.pretrain.forked import ForkedRun, _free_port
 from tests.pretrain.launch import TIMEOUT_S, TINY, journal, started, training, wait_for_step
@@ -60,12 +62,16 @@ def test_under_the_launcher_the_others_end_and_the_cause_is_told_first(shards, t
 
 @pytest.mark.parametrize(("where", "rank", "doing"), [("data", 1, "waiting for data"), ("callback", 0, "logging")])
 def test_the_failing_rank_says_what_it_did(shards, tmp_path, where, rank, doing):
-    with training("--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, before=Fault(rank, 3, where, "raises")) as process:
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, *notified.NOTIFY]
+    with training(*arguments, before=Fault(rank, 3, where, "raises")) as process:
         output, _ = process.communicate(60)
     assert process.returncode == 1
     assert output.count("Traceback (most recent call last)") == 1 and "ArithmeticError: a fault of this test" in output
     assert f"rank {rank} (" in output and f") failed in step 3: {doing}\n" in output
     assert f"rank {1 - rank}: ends in step " in output and "lost contact with another rank" in output
+    ((event, _, _, step, message),) = notified.told(tmp_path / "run")
+    assert (event, step) == ("failure", "3") and message.startswith(f"rank {rank} (")
+    assert message.endswith(f") failed in step 3: {doing}: ArithmeticError: a fault of this test")
 
 
 def _hang(fault: Fault, told: str, *marks):
@@ -82,7 +88,7 @@ HANGS = [
 
 @pytest.mark.parametrize(("fault", "told"), HANGS)
 def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault, told):
-    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, "--train.hang_timeout_s", 4]
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, *notified.NOTIFY, "--train.hang_timeout_s", 4]
     with training(*arguments, before=fault) as process:
         other = process.processes[1 - fault.rank]
         other.join(TIMEOUT_S)
@@ -90,6 +96,8 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault,
         if fault.what == "sleeps":
             output, _ = process.communicate(60)
     assert code == 1, output
+    ((event, _, _, step, message),) = notified.told(tmp_path / "run")
+    assert (event, step) == ("stall", "4") and "): no progress for " in message
     line = next(line for line in output.splitlines() if line.startswith(f"rank {1 - fault.rank} ("))
     assert "no progress for " in line and f"; waiting for ranks [{fault.rank}]: {told}" in line
     if fault.what == "sleeps":
@@ -140,6 +148,8 @@ def test_a_run_that_is_suspended_goes_on(shards, tmp_path):
         wait_for_step(process, run, 3)
         process.send_signal(signal.SIGSTOP)
         time.sleep(8)
+        seen = {later: state.judge(facts.read(run, time.time() + later), None, time.time() + later) for later in (0, 3600)}
+        assert [status.state for status in seen.values()] == ["training", "stalled"] and seen[0].eta_s > 0
         reached = journal(run)[-1]["step"]
         for one in process.processes:
             os.kill(one.pid, signal.SIGCONT)
@@ -163,8 +173,9 @@ def test_processes_that_torchrun_starts_again_do_not_find_what_ended_those_befor
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = Blackboard()
     assert not again.has("hang") and again.states([3]) == {3: None}
+    assert [board.first("alarm") for board in (again, Blackboard(), again)] == [True, False, False]
     del store
-    assert again.states([3]) == {} and not again.has("hang")
+    assert again.states([3]) == {} and not again.has("hang") and again.first("alarm") is None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ RIGHT: dict[str, list] = {
     "tracking.enabled": [True], "tracking.uri": [{"tracking.enabled": True, "tracking.uri": uri} for uri in ("http://host:5000", "sqlite:///a.db")],
     "tracking.system_metrics": [False], "tracking.system_metrics_interval_s": [0.1, 60, 86400], "tracking.drain_timeout_s": [0, 3600],
     "tracking.tags": [{}, {"a": "b"}, {"team/x.y": "two\nlines"}, {"1": "2"}],
+    "notify.command": ["", "send_it", 'curl -s -d "$QSPARSE_EVENT: $QSPARSE_MESSAGE" https://host/hook || true', "a/b.sh 5"],
+    "notify.timeout_s": [0.5, 1, 86400],
     "output_dir": ["runs/a", "/tmp/no/such/folder/yet", "a b", "runs/2024-01-01"],
     "resume": ["auto", "never"], "allow_change": ["train.steps", "optimizer,schedule", "schedule.min_lr, train"],
     "device": ["cpu", "cuda", "auto"], "format_version": [1],

@@ -20,6 +20,7 @@ from pretrain.checkpoint.directory import REMOVED, CheckpointDirectory
 from pretrain.config import PretrainConfig, SpikeConfig, parse
 from pretrain.trainer import RollBack, StepReport, TrainerState
 from pretrain.validate import examine
+from tests.pretrain import notified
 from tests.pretrain.killing import Watched, consumed
 from tests.pretrain.launch import TIMEOUT_S, TINY, journal, training
 from tests.pretrain.test_resume import tensors
@@ -185,15 +186,20 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
 
 @pytest.mark.parametrize("action", ["warn", "stop"])
 def test_a_spike_is_told_or_the_end(shards, tmp_path, action):
-    status, output = _start(tmp_path, shards, action)
+    status, output = _start(tmp_path, shards, action, *notified.NOTIFY)
+    events = notified.told(tmp_path / "run")
     assert "warning: loss spike in steps 14 to 15: loss 9." in output
     assert f"warning: spike.rollback_steps=4 has no effect with spike.action={action}: nothing is rolled back" in output
     assert journal(tmp_path / "run")[-1]["step"] == (STEPS if action == "warn" else 15)
     if action == "stop":
         assert status == 1 and "Traceback (most" not in output
         assert "and spike.action=stop" in output and "start again with --allow_change optimizer.lr,spike" in output
+        assert [event for event, *_ in events] == ["failure"] and "and spike.action=stop" in events[0][-1]
     else:
-        assert status == 0
+        run = tmp_path / "run"
+        assert status == 0 and "warning: notify" not in output
+        assert [event[:4] for event in events] == [["spike", "run", str(run), "15"], ["finish", "run", str(run), str(STEPS)]]
+        assert events[0][-1].startswith("loss spike in steps 14 to 15: loss 9.") and events[1][-1] == f"{run}: all {STEPS} steps are done"
 
 
 def test_a_run_that_spikes_again_and_again_stops_in_words(shards, tmp_path):

@@ -104,6 +104,7 @@ TEXTS: dict[str, list[str]] = {
     "tracking.run_name": ["a/b", "..", ".", "/", "~a", "x" * 256, "x" * 501, "\u00e4" * 128, " a"],
     "tracking.uri": ["./mlruns", "file:///tmp/mlruns", "ftp://host", "sqlite://", "sqlite:///no/such/folder/mlflow.db", "htp://host"],
     "output_dir": [InFolder("file"), InFolder("file/below"), InFolder("link"), "~/runs", "$NOWHERE/a", "x" * 256, "a\tb"],
+    "notify.command": ["echo 'a", "a | | b", "if true", "x" * 140_000, " true"],
     "allow_change": ["train.stpes", "nothing", "model", "model.hidden_size", "qsparse,train.steps", "data.sequence_length", "trian"],
 }
 """Wrong contents of each text, besides what cannot be printed."""
