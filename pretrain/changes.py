@@ -19,8 +19,8 @@ IDENTITY = (
 """Compared by what they resolve to."""
 FREE = (
     "parallel.", "zero.", "data.path", "data.workers", "train.micro_batch_size", "train.deterministic", "train.recompute",
-    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "validation.", "checkpoint.",
-    "tracking.", "notify.", "output_dir", "device",
+    "train.check_codes", "train.max_skipped_steps", "train.log_interval", "train.hang_timeout_s", "train.straggler_factor",
+    "validation.", "checkpoint.", "tracking.", "notify.", "output_dir", "device",
 )  # fmt: skip
 """Layout, intervals, places. data.path may move: the manifest's digest is compared. Not what decides which samples a roll-back leaves
 out."""

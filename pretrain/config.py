@@ -72,6 +72,9 @@ class TrainConfig:
     """Seconds without progress (a micro-batch read, a step, a validation, a save) after which each rank says where it is, with its
     stack, and the run ends with an error that names the ranks the others wait for. A rank without any sign of life for 45 s ends it
     too. 0 waits for ever for either."""
+    straggler_factor: float = 1.5
+    """At logged steps the ranks compare the times of their forward passes. One that takes this many times the median of its pipeline
+    stage, in three of these steps in a row, is named with its machine; so is one that waits for data. 0 switches it off, else > 1."""
     log_interval: int = 10
     """Steps between two progress lines and journal entries; sparsity is measured at these steps."""
 

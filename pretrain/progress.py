@@ -29,6 +29,8 @@ class Progress:
     def __init__(self) -> None:
         self.now = Doing(0, "starting", 0, time.monotonic())
         self._renewed = 0.0
+        self.waited_s = 0.0
+        """For data, since the beginning."""
 
     def enter(self, phase: str, step: int | None = None, limited: bool = True) -> None:
         """step: the same one where None."""
@@ -48,9 +50,11 @@ class Progress:
         """The same batches; while one is waited for that is what the process does, and after it `then`."""
         while True:
             self.enter("waiting for data")
+            started = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
+            self.waited_s += time.monotonic() - started
             self.enter(then)
             yield batch

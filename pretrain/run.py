@@ -23,6 +23,7 @@ from pretrain.callbacks.numbers import WatchNumbers
 from pretrain.callbacks.ownership import KeepLease
 from pretrain.callbacks.signals import StopOnSignal
 from pretrain.callbacks.spikes import WatchSpikes
+from pretrain.callbacks.stragglers import WatchStragglers
 from pretrain.callbacks.switches import Switches
 from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory, remove
@@ -175,7 +176,8 @@ class Session:
         _refusing(lambda: trackers.append(start_tracking(self.run, state, where, _say)), progress, "starting the tracking")
         tracker = trackers[0] if trackers else None
         callbacks = [
-            KeepLease(self.lease), self.signals, WatchNumbers(self.run), WatchSpikes(self.run), Validate(self.run, self.device),
+            KeepLease(self.lease), self.signals, WatchNumbers(self.run), WatchSpikes(self.run),
+            WatchStragglers(config.train.straggler_factor, config.train.log_interval, self.device), Validate(self.run, self.device),
             LogMetrics(self.run, tracker, self.device), self.saving,
         ]  # fmt: skip
         trainer = Trainer(self.run, self.engine, _batches(self.run, state, self.device), state, callbacks, progress)

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from megatron_qsparse.models.chunks import PipelineChunks
+from megatron_qsparse.parallel.stopwatch import Stopwatch
 
 
 class ScheduledModel(nn.Module):
@@ -24,17 +25,19 @@ class ScheduledModel(nn.Module):
     first gradient, it could come at the end of the nested backward of a recomputed layer.
     """
 
-    def __init__(self, engine, model: nn.Module, chunk: int | None = None):
+    def __init__(self, engine, model: nn.Module, stopwatch: Stopwatch, chunk: int | None = None):
         super().__init__()
         # Not registered as submodules: the engine already owns the parameters.
         self.__dict__.update(engine=engine, inner=model)
+        self.stopwatch = stopwatch
         self.config, self.model_type, self.vp_stage = model.config, model.model_type, chunk
 
     def set_input_tensor(self, tensor):
         self.inner.set_input_tensor(tensor)
 
     def forward(self, *args, **kwargs):
-        output = self.engine(*(() if self.vp_stage is None else (self.vp_stage,)), *args, **kwargs)
+        with self.stopwatch.measuring():
+            output = self.engine(*(() if self.vp_stage is None else (self.vp_stage,)), *args, **kwargs)
         if output.requires_grad:
             output.register_hook(self._before_backward)
         return output
@@ -44,11 +47,11 @@ class ScheduledModel(nn.Module):
         self.engine.optimizer.queue_post_backward_callback()
 
 
-def scheduled_models(engine, model: nn.Module) -> list[ScheduledModel]:
+def scheduled_models(engine, model: nn.Module, stopwatch: Stopwatch) -> list[ScheduledModel]:
     """What the schedule calls of this stage: one model, or its chunks."""
     if not isinstance(model, PipelineChunks):
-        return [ScheduledModel(engine, model)]
-    return [ScheduledModel(engine, chunk, index) for index, chunk in enumerate(model.chunks)]
+        return [ScheduledModel(engine, model, stopwatch)]
+    return [ScheduledModel(engine, chunk, stopwatch, index) for index, chunk in enumerate(model.chunks)]
 
 
 def run_micro_batches(

@@ -17,6 +17,7 @@ from megatron_qsparse.parallel.gradients import install_sequence_parallel_hooks,
 from megatron_qsparse.parallel.groups import ModelParallelUnit
 from megatron_qsparse.parallel.partition import PartitionSettings, gathered
 from megatron_qsparse.parallel.schedule import run_micro_batches, scheduled_models
+from megatron_qsparse.parallel.stopwatch import Stopwatch
 
 SUPPORTED_STAGES = (1, 2, 3)
 
@@ -78,7 +79,9 @@ class ZeroEngine:
             model=model, optimizer=self._adamw(adam), mpu=ModelParallelUnit(), dist_init_required=False,
             config=self._deepspeed_config(adam.clip, partition or PartitionSettings()),
         )  # fmt: skip
-        self._scheduled = scheduled_models(self.engine, model)
+        self.stopwatch = Stopwatch(self.device)
+        """Of the forward passes."""
+        self._scheduled = scheduled_models(self.engine, model, self.stopwatch)
 
     @property
     def optimizer(self):

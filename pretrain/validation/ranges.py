@@ -64,6 +64,7 @@ RANGES = {
     "train.steps": COUNT, "train.seed": Range(0, 2**63 - 1), "train.micro_batch_size": COUNT, "train.global_batch_size": COUNT,
     "train.max_skipped_steps": COUNT, "train.log_interval": COUNT,
     "train.hang_timeout_s": Range(0, 1e7, note="seconds; 0 waits for ever"),
+    "train.straggler_factor": Range(0, 1000.0, note="times the median; 0 switches it off"),
     "spike.window": Range(8), "spike.threshold": Range(0, FLOAT_MAX, open_low=True), "spike.min_increase": NOT_NEGATIVE,
     "spike.patience": COUNT, "spike.rollback_steps": STEPS, "spike.max_rollbacks": COUNT,
     "optimizer.lr": NOT_NEGATIVE, "optimizer.beta1": FRACTION, "optimizer.beta2": FRACTION,
@@ -82,6 +83,11 @@ def problems(config: PretrainConfig) -> dict[str, str]:
     """A line for each number outside of its range, by its name. What is unset comes from the preset."""
     values = {name: attrgetter(name)(config) for name in RANGES}
     found = {name: problem for name, value in values.items() if value is not None and (problem := RANGES[name].problem(name, value))}
+    if 0 < config.train.straggler_factor <= 1:
+        found["train.straggler_factor"] = (
+            f"train.straggler_factor={config.train.straggler_factor} must be larger than 1, or 0: ranks that are as fast as the others "
+            "would be slow"
+        )
     if config.format_version > FORMAT_VERSION:
         found["format_version"] = (
             f"format_version={config.format_version} was written by a newer version of this project, which reads up to {FORMAT_VERSION}: "

@@ -46,7 +46,7 @@ RIGHT: dict[str, list] = {
     "train.steps": [1, 10**6, 2**31 - 1], "train.seed": [1, 1234567890123456789], "train.micro_batch_size": [1, 2, 4],
     "train.global_batch_size": [1, 3, 8], "train.precision": ["bf16", "fp32"], "train.deterministic": [True], "train.recompute": [True],
     "train.check_codes": [{"train.check_codes": True, "bitnet.enabled": True}],
-    "train.max_skipped_steps": [1, 1000], "train.log_interval": [1, 10**6],
+    "train.max_skipped_steps": [1, 1000], "train.straggler_factor": [0, 1000.0], "train.log_interval": [1, 10**6],
     "train.hang_timeout_s": [0, 0.5, 86400],
     "spike.action": ["off", "warn", "stop", ROLLBACK],
     "spike.window": [8, 1000], "spike.threshold": [0.5, 1e6], "spike.min_increase": [0, 10], "spike.patience": [1, 100],
