@@ -136,7 +136,7 @@ on_nodes() {
   # Processes choose their cores themselves; a cluster that binds nothing warns of the option.
   [[ $(cluster_setting TaskPlugin) == task/none ]] || bind=(--cpu-bind=none)
   srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
-    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait=300 "${bind[@]}" --export=ALL "${CONTAINER[@]}" "$@"
+    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${CONTAINER[@]}" "$@"
 }
 
 # The training processes; STEP_PID is srun's.

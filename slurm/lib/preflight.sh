@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Inside of a job, before training: are the nodes fit for it? `pretrain.preflight` looks; bad nodes are left out of the next start.
 
-PREFLIGHT_S=300
+# Seconds that nodes wait for one that does not come, and then for one that does not end.
+PREFLIGHT_WAIT=${QSPARSE_PREFLIGHT_WAIT:-120}
 
 preflight() {
   local bad status=0
@@ -22,8 +23,9 @@ look_at_nodes() {
   mkdir -p "$folder"
   say "preflight: looking at $names"
   # A node that does not answer is found by what it does not report.
-  KILL_ON_BAD_EXIT=0 on_nodes "$PROCESSES" --time=$((PREFLIGHT_S / 60)) "${before[@]}" python -m pretrain.preflight node \
-    --report "$folder" --nodes "$names" --processes-per-node "$PROCESSES" --scratch "$(scratch)" "$@" || true
+  KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes "$PROCESSES" --quiet --time=10 "${before[@]}" python -m pretrain.preflight node \
+    --report "$folder" --nodes "$names" --processes-per-node "$PROCESSES" --scratch "$(scratch)" \
+    --wait-s "$PREFLIGHT_WAIT" "$@" || true
   inside python -m pretrain.preflight judge --report "$folder" --nodes "$names" --processes-per-node "$PROCESSES" \
     --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
   return "$status"

@@ -129,10 +129,10 @@ class Cluster:
             subprocess.run([*inside, "umount", "--lazy", folder], check=True)
 
     @contextlib.contextmanager
-    def slowed(self, name: str, command: str) -> Iterator[None]:
-        """Processes of this node with that in their command line are stopped nine tenths of the time."""
+    def slowed(self, name: str, command: str, stopped_s: float = 0.045) -> Iterator[None]:
+        """Processes of this node with that in their command line are stopped for so long, then run for 5 ms, and so on."""
         ended = threading.Event()
-        thread = threading.Thread(target=self._slow_down, args=(name, command, ended))
+        thread = threading.Thread(target=self._slow_down, args=(name, command, stopped_s, ended))
         thread.start()
         try:
             yield
@@ -140,7 +140,7 @@ class Cluster:
             ended.set()
             thread.join()
 
-    def _slow_down(self, name: str, command: str, ended: threading.Event) -> None:
+    def _slow_down(self, name: str, command: str, stopped_s: float, ended: threading.Event) -> None:
         found: set[psutil.Process] = set()
         looked = 0.0
         while not ended.is_set():
@@ -149,11 +149,14 @@ class Cluster:
                 below = [child for pid in self._steps(name) for child in psutil.Process(pid).children(recursive=True)]
                 with contextlib.suppress(psutil.Error):
                     found = {process for process in below if command in " ".join(process.cmdline())}
-            for number, seconds in ((signal.SIGSTOP, 0.045), (signal.SIGCONT, 0.005)):
+            for number, seconds in ((signal.SIGSTOP, stopped_s), (signal.SIGCONT, 0.005)):
                 for process in found:
                     with contextlib.suppress(psutil.Error):
                         process.send_signal(number)
-                time.sleep(seconds)
+                ended.wait(seconds if found else 0.05)
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGCONT)
 
     def resume(self) -> None:
         """Every node is ready again and no job is left, whatever a test has done."""

@@ -18,10 +18,23 @@ def test_a_slow_node_and_one_that_cannot_read_the_data(cluster, shards, tmp_path
     log = job.finish()
     assert "bad node: node2: computes at" in log and "bad node: node3: cannot read the data: " in log
     assert "bad node: node1" not in log and "2 of 3 nodes are bad" in log
-    assert "excluded from the next start: node2,node3" in log and cluster.job(job.id)["ExcNodeList"] == "node[2-3]"
+    assert "excluded from the next start: node2,node3" in log and cluster.job(job.id)["ExcNodeList"] in ("node2,node3", "node[2-3]")
     assert "1 nodes are good" in log
     first, second = attempts.read(job.run)
     assert (first.outcome, first.reason.split(";")[0], second.nodes) == ("again", "preflight: node2 node3", ["node1"])
+
+
+@pytest.mark.slurm
+def test_a_node_that_hangs(cluster, tmp_path):
+    """The others do not wait for it longer than they should, and it is named."""
+    with cluster.slowed("node3", "pretrain.preflight", stopped_s=3600):
+        job = submit(
+            cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_PREFLIGHT_WAIT": "12"}
+        )
+        found = job.wait()
+    assert found["JobState"] == "FAILED" and found["ExitCode"] == "3:0", job.log
+    assert "bad node: node3: did not report (its process)" in job.log and "1 of 3 nodes are bad" in job.log
+    assert (tmp_path / "runs" / ".preflight" / job.id / "bad").read_text() == "node3\n"
 
 
 @pytest.mark.slurm
