@@ -24,7 +24,7 @@ CURRENT := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 PIP := $(if $(OFFLINE),PIP_CONFIG_FILE=/dev/null )$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(if $(OFFLINE),--no-index --find-links "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-into-current wheelhouse prebuild check-venv quickstart test test-all test-py312 lint gpu-smoke bench clean
+.PHONY: help install install-into-current wheelhouse prebuild check-venv quickstart test test-slurm test-all test-py312 lint gpu-smoke bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -58,8 +58,11 @@ quickstart: install ## corpus -> tokenizer -> shards -> four runs -> report (abo
 test: $(VENV)/.installed-test ## the test suite (under 25 minutes on two cores)
 	@$(PY) -m pytest
 
-test-all: $(VENV)/.installed-test ## the test suite with the full product of model variants and layouts; its results in invariance.md and kills.md
-	@$(PY) -m pytest -m "" --invariance-table invariance.md --kill-log kills.md
+test-slurm: $(VENV)/.installed-test ## real jobs on a real Slurm cluster on this machine (about eight minutes); how fast they went on in slurm.md
+	@$(PY) -m pytest tests/slurm -m "" --slurm-log slurm.md
+
+test-all: $(VENV)/.installed-test ## all tests: the full product of model variants and layouts too; results in invariance.md, kills.md, slurm.md
+	@$(PY) -m pytest -m "" --invariance-table invariance.md --kill-log kills.md --slurm-log slurm.md
 
 test-py312: ## the test suite on Python 3.12 with megatron-core 0.19, in .venv-py312 (12 GB with the default build of torch)
 	@[ -n "$(PYTHON312)" ] || { echo "error: no Python 3.12 found: install it, or name one with PYTHON312=/path/to/python3.12" >&2; exit 1; }
@@ -78,4 +81,4 @@ bench: install ## the figures of the README: tokenization, loader, training thro
 	@$(PY) -m pretrain.checkpoint.benchmark
 
 clean: ## remove the environments and the quickstart's output
-	rm -rf $(VENV) .venv-py312 quickstart invariance.md kills.md .prebuilt
+	rm -rf $(VENV) .venv-py312 quickstart invariance.md kills.md slurm.md .prebuilt

@@ -46,6 +46,7 @@ def test_the_cluster_has_no_route_out(cluster, tmp_path):
     assert {line.split()[0] for line in routes.splitlines()} <= {"Iface", "lo"}
 
 
+@pytest.mark.slurm
 def test_preempted(cluster, shards, database, unbroken, tmp_path, slurm_log):
     job = start(cluster, tmp_path, shards, database)
     job.until_waiting()
