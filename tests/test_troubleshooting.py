@@ -22,7 +22,7 @@ def _files() -> list[str]:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(re.sub(r"%[sd]", VARIES, node.value))
         found.append("\n".join(texts))
-    return [*found, *(path.read_text() for path in (ROOT / "tools").glob("*.sh"))]
+    return [*found, *(path.read_text() for folder in ("tools", "slurm") for path in (ROOT / folder).rglob("*.sh"))]
 
 
 def _messages() -> list[str]:
