@@ -3,31 +3,17 @@
 #
 #   pretrain NAME CONFIG [flags]   submit; inside of a job: start, wait, go on
 #   tool COMMAND ...               the same for a command that does not train
-#   tokenize_corpus [flags]        submit; inside of a job: do a part
+#   tokenize_corpus [flags]        the same for a part of a corpus
 #
-# What can be decided without Slurm is decided by `python -m pretrain.job`.
+# What can be decided without Slurm is decided by `python -m pretrain.job`. A job that has begun a run goes on with the run's own copy of the
+# code, whatever becomes of the checkout: this file finds it, and has little else, since it is always the checkout's.
 set -euo pipefail
 
-SLURM_FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# Where this code lies: the checkout, or a run's own copy of it, of which the checkout is the origin.
-REPOSITORY=$(dirname "$SLURM_FOLDER")
-ORIGIN=${ORIGIN:-$REPOSITORY}
-# What the script was called with.
-[ -n "${ARGUMENTS+set}" ] || ARGUMENTS=("$@")
-# shellcheck source=lib/site.sh
-source "$SLURM_FOLDER/lib/site.sh"
-# shellcheck source=lib/submit.sh
-source "$SLURM_FOLDER/lib/submit.sh"
-# shellcheck source=lib/launch.sh
-source "$SLURM_FOLDER/lib/launch.sh"
-# shellcheck source=lib/preflight.sh
-source "$SLURM_FOLDER/lib/preflight.sh"
-# shellcheck source=lib/survive.sh
-source "$SLURM_FOLDER/lib/survive.sh"
-# shellcheck source=lib/tools.sh
-source "$SLURM_FOLDER/lib/tools.sh"
-# shellcheck source=lib/tokenize.sh
-source "$SLURM_FOLDER/lib/tokenize.sh"
+# The checkout, and what the script was called with.
+ORIGIN=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")
+ARGUMENTS=("$@")
+SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
+export SLURM_RESTART_COUNT
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() {
@@ -35,45 +21,45 @@ die() {
   exit 2
 }
 
-# CONFIG is a file of pretrain/configs; a flag --config wins.
-pretrain() {
-  load_site
-  if [ -z "${SLURM_JOB_ID:-}" ]; then
-    submit "$@"
-    return
-  fi
-  JOB_KEY=$(job_key)
-  CODE=$(known_code)
-  if [ "$CODE" != "$REPOSITORY" ]; then
-    # Everything that follows is the copy's, whatever has become of the checkout.
-    # shellcheck source=/dev/null
-    source "$CODE/slurm/lib.sh"
-  fi
-  run_job "$@"
-}
+if [ -r "${QSPARSE_SITE:-$ORIGIN/slurm/site.env}" ]; then
+  # shellcheck source=site.env
+  source "${QSPARSE_SITE:-$ORIGIN/slurm/site.env}"
+elif [ -n "${QSPARSE_SITE:-}" ]; then
+  die "QSPARSE_SITE=$QSPARSE_SITE cannot be read"
+fi
 
-run_job() {
-  local name=$1 config=$2 status=0
-  shift 2
-  watch_signals
-  enter_environment
-  training_flags "$name" "$config" "$@"
-  say "job $SLURM_JOB_ID, start $((SLURM_RESTART_COUNT + 1)), nodes: $(nodes | paste -sd' ')"
-  if [ -n "${DRY_RUN:-}" ]; then
-    show_plan
-    exit 0
-  fi
-  take_code
-  training_flags "$name" "$config" "$@"
-  node_environment
-  begin || status=$?
-  case $status in
-    0) ;;
-    3) leave 0 ;; # nothing to do
-    *) leave "$status" ;;
-  esac
-  rendezvous
-  record_nodes
-  preflight
-  train
-}
+# What all jobs have in common that go on from each other.
+if [ -n "${QSPARSE_CHAIN:-}" ]; then
+  JOB_KEY=$QSPARSE_CHAIN
+elif [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+  # A sweep has a run for each element; else the elements are one run's, one after the other.
+  JOB_KEY=$SLURM_ARRAY_JOB_ID${SWEEP:+_$SLURM_ARRAY_TASK_ID}
+else
+  JOB_KEY=${SLURM_JOB_ID:-}
+fi
+# Where the first of them has written down its run directory.
+JOB_NOTE=${QSPARSE_RUNS:-${SLURM_SUBMIT_DIR:-$PWD}/runs}/.jobs/$JOB_KEY
+
+CODE=$ORIGIN
+if [ -n "$JOB_KEY" ] && RUN_DIRECTORY=$(cat "$JOB_NOTE" 2>/dev/null) && [ -r "$RUN_DIRECTORY/code/slurm/lib/site.sh" ]; then
+  CODE=$RUN_DIRECTORY/code
+  # That was for the first of them.
+  UPDATE_CODE=""
+fi
+
+# shellcheck source=lib/site.sh
+source "$CODE/slurm/lib/site.sh"
+# shellcheck source=lib/submit.sh
+source "$CODE/slurm/lib/submit.sh"
+# shellcheck source=lib/launch.sh
+source "$CODE/slurm/lib/launch.sh"
+# shellcheck source=lib/preflight.sh
+source "$CODE/slurm/lib/preflight.sh"
+# shellcheck source=lib/survive.sh
+source "$CODE/slurm/lib/survive.sh"
+# shellcheck source=lib/pretrain.sh
+source "$CODE/slurm/lib/pretrain.sh"
+# shellcheck source=lib/tools.sh
+source "$CODE/slurm/lib/tools.sh"
+# shellcheck source=lib/tokenize.sh
+source "$CODE/slurm/lib/tokenize.sh"

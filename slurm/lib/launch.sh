@@ -46,21 +46,8 @@ take_code() {
   eval "$answer"
   answer=$(inside python -m pretrain.job code --source "$ORIGIN" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave $?
   eval "$answer"
-  if ! { mkdir -p "$(jobs_folder)" && echo "$RUN_DIRECTORY" >"$(jobs_folder)/$JOB_KEY"; } 2>/dev/null; then
-    say "warning: $(jobs_folder) cannot be written: this job's next start begins with the code of $ORIGIN"
-  fi
-}
-
-# Where a start that comes later finds the run of a job.
-jobs_folder() { echo "${QSPARSE_RUNS:-${SLURM_SUBMIT_DIR:-$PWD}/runs}/.jobs"; }
-
-# The code that this job, or one before it in its chain, has begun with; else the checkout's.
-known_code() {
-  local run
-  if [ -z "${UPDATE_CODE:-}" ] && run=$(cat "$(jobs_folder)/$JOB_KEY" 2>/dev/null) && [ -d "$run/code/slurm" ]; then
-    echo "$run/code"
-  else
-    echo "$REPOSITORY"
+  if ! { mkdir -p "$(dirname "$JOB_NOTE")" && echo "$RUN_DIRECTORY" >"$JOB_NOTE"; } 2>/dev/null; then
+    say "warning: $JOB_NOTE cannot be written: this job's next start begins with the code of $ORIGIN"
   fi
 }
 

@@ -33,12 +33,11 @@ look_at_nodes() {
 
 # The whole of slurm/preflight.sh: a look without training.
 preflight_job() {
-  load_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     submit_script
     return
   fi
-  enter_tool
+  enter_environment
   PROCESSES=$(processes) || exit 2
   TRAIN_NODES=$(nodes | wc -l) SIGNALLED=""
   node_environment

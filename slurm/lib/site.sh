@@ -1,13 +1,5 @@
 # shellcheck shell=bash
-# What differs between sites: settings, the Python environment, containers.
-
-# site.env of the checkout, also where a job runs from its copy of the code: a site's settings are no part of a run.
-load_site() {
-  local file=${QSPARSE_SITE:-$ORIGIN/slurm/site.env}
-  [ -r "$file" ] || { [ -z "${QSPARSE_SITE:-}" ] && return; die "QSPARSE_SITE=$file cannot be read"; }
-  # shellcheck source=slurm/site.env
-  source "$file"
-}
+# What differs between sites: the Python environment, containers.
 
 # Make `python` the one that training needs.
 enter_environment() {
@@ -50,7 +42,6 @@ inside() {
   if [ ${#CONTAINER[@]} -gt 0 ]; then
     before=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --quiet "${CONTAINER[@]}")
   fi
-  # Twice is as good as once.
   PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" "${before[@]}" "$@"
 }
 

@@ -8,7 +8,6 @@ submit() {
   [ -n "${DRY_RUN:-}" ] || submit_script
   show_submission
   echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
-  CODE=$REPOSITORY
   enter_environment
   training_flags "$name" "$config" "$@"
   show_run || status=$?

@@ -2,25 +2,11 @@
 # Inside of a job: signals, and what comes after the training processes have ended.
 
 SIGNALLED="" STEP_PID="" SENDER=""
-SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
-export SLURM_RESTART_COUNT
 
 # This job for Slurm's clients: an element of an array by that name, since the number of one element is the whole array's.
 this_job() {
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
     echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-  else
-    echo "$SLURM_JOB_ID"
-  fi
-}
-
-# What all jobs have in common that go on from each other.
-job_key() {
-  if [ -n "${QSPARSE_CHAIN:-}" ]; then
-    echo "$QSPARSE_CHAIN"
-  elif [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
-    # A sweep has a run for each element; else the elements are one run's, one after the other.
-    echo "$SLURM_ARRAY_JOB_ID${SWEEP:+_$SLURM_ARRAY_TASK_ID}"
   else
     echo "$SLURM_JOB_ID"
   fi
@@ -134,7 +120,7 @@ submit_successor() {
   mapfile -t options < <(successor_options)
   excluded=$(bad_nodes | paste -sd,)
   id=$(QSPARSE_CHAIN=$JOB_KEY timeout 60 sbatch --parsable --dependency=singleton "${options[@]}" ${excluded:+--exclude="$excluded"} \
-    "$CODE/slurm/$(basename "$JOB_SCRIPT")" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
+    "$JOB_SCRIPT" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
   say "goes on in job $id"
 }
 

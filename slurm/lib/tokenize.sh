@@ -3,13 +3,11 @@
 
 tokenize_corpus() {
   local part=""
-  load_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     submit_tokenize "$@"
     return
   fi
   [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ] || die "$SLURM_JOB_NUM_NODES nodes, of which one would work: ask for elements instead, --array=0-N"
-  CODE=$REPOSITORY
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     # Elements may begin with any number, and lie apart.
     part=$(((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1} % SLURM_ARRAY_TASK_COUNT))

@@ -3,29 +3,22 @@
 
 # tool COMMAND...: submit this script, which was called with the command's last arguments; inside of a job, run the command.
 tool() {
-  load_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     submit_script
     return
   fi
-  enter_tool
-  inside "$@"
-}
-
-enter_tool() {
-  CODE=$REPOSITORY
   enter_environment
+  inside "$@"
 }
 
 # Serves until the time limit comes near, and then in the next start of this job, perhaps on another node.
 mlflow_server() {
   local folder address port server
-  load_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     submit_script
     return
   fi
-  enter_tool
+  enter_environment
   folder=${QSPARSE_MLFLOW:-${QSPARSE_RUNS:-$PWD/runs}/mlflow}
   mkdir -p "$folder"
   # One server at a time: a database in a file is for one process.

@@ -102,7 +102,7 @@ def environment(folder: Path) -> dict[str, str]:
         "QSPARSE_PROCESSES_PER_NODE": "1",
         "QSPARSE_SETUP": f"PATH={Path(sys.executable).parent}:$PATH",
         "QSPARSE_SCRATCH": str(folder),
-        "PYTHONPATH": str(INSIDE),
+        "PYTHONPATH": f"{INSIDE}:{ROOT}",
         "PREFLIGHT": "0",
         "TEST_FAULT_FOLDER": str(folder),
     }
