@@ -14,8 +14,7 @@ def test_a_checkout_that_is_edited_meanwhile(cluster, shards, tmp_path):
     job = submit(cluster, tmp_path, *given, script=script, env={"TEST_FAULT": "0 wait 5 0", "UPDATE_CODE": "1"})
     job.until_waiting()
     for broken, text in (("pretrain/train.py", "raise SystemExit('tampered')\n"), ("slurm/lib/launch.sh", "echo tampered; exit 9\n")):
-        with (checkout / broken).open("a") as file:
-            file.write(text)
+        (checkout / broken).write_text(text + (checkout / broken).read_text())
     job.signal("--batch", "--signal=USR1")
     job.until_said("USR1: the training processes are to finish")
     job.go_on()
