@@ -61,5 +61,7 @@ source "$CODE/slurm/lib/survive.sh"
 source "$CODE/slurm/lib/pretrain.sh"
 # shellcheck source=lib/tools.sh
 source "$CODE/slurm/lib/tools.sh"
+# shellcheck source=lib/acceptance.sh
+source "$CODE/slurm/lib/acceptance.sh"
 # shellcheck source=lib/tokenize.sh
 source "$CODE/slurm/lib/tokenize.sh"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from pretrain.checkpoint.tensors import read_tensors
 from pretrain.tracking.store import connect
 from tests.pretrain.forked import ForkedRun
 from tests.pretrain.killing import KEPT, STEPS, Kill, Watched, consumed
 from tests.pretrain.launch import journal, training
-from tests.pretrain.test_resume import tensors
 
 GLOBAL_BATCH = 32
 ARGUMENTS = [
@@ -44,7 +44,7 @@ class Finished:
         rows = [{name: value for name, value in row.items() if name == "step" or name.startswith(DETERMINISTIC)} for row in journal(run)]
         names = sorted({name for row in rows for name in row} - {"step"})
         return cls(
-            folder, rows, consumed(folder / "samples.jsonl"), tensors(last),
+            folder, rows, consumed(folder / "samples.jsonl"), read_tensors(last),
             {name: value for name, value in json.loads((last / "trainer.json").read_text()).items() if name != "run_id"},
             sorted(path.name for path in (run / "checkpoints").iterdir()),
             {name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in names},

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data_tools.reader import TokenDataset
+from pretrain.checkpoint.tensors import read_tensors
 from tests.pretrain.launch import TIMEOUT_S, journal, losses, train, training
-from tests.pretrain.test_resume import tensors
 
 BATCH = ["--train.micro_batch_size", 2, "--train.global_batch_size", 8, "--validation.samples", 8]
 
@@ -40,7 +40,7 @@ def test_after_so_many_steps_without_finite_numbers_the_run_stops_and_the_batche
     # What was saved before is as good as it was, nothing of the broken run has taken its place, and the run can go on from it.
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
     assert "going on after step 2" in train(*arguments, "--train.steps", 4, "--allow_change", "train.steps")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors(run / "checkpoints" / "step_00000004").values())
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(run / "checkpoints" / "step_00000004").values())
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 
 from data_tools.reader import TokenDataset
+from pretrain.checkpoint.tensors import read_tensors
 from pretrain.going_on import Beginning
 from pretrain.resume import _state
 from tests.pretrain.launch import TIMEOUT_S, fail, journal, losses, signal_workers, started, train, train_command, training, wait_for_step
@@ -35,15 +34,6 @@ CASES = {
 
 
 SIGNALS = {"bf16 bitnet_qsparse": signal.SIGTERM, "fp32 qsparse": signal.SIGUSR1}
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved state, whole."""
-    reader = FileSystemReader(str(checkpoint / "state"))
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items() if hasattr(item, "size")}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +74,7 @@ def test_stopped_by_a_signal_and_started_again(case, shards, tmp_path):
 
 def _assert_same_state(first: Path, second: Path) -> None:
     first, second = (run / "checkpoints" / f"step_{STEPS:08d}" for run in (first, second))
-    expected, found = tensors(first), tensors(second)
+    expected, found = read_tensors(first), read_tensors(second)
     assert expected.keys() == found.keys() and any(name.startswith("optimizer.exp_avg_sq.") for name in expected)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert (first / "trainer.json").read_text() == (second / "trainer.json").read_text()

@@ -17,13 +17,13 @@ from pretrain import plan, rollback
 from pretrain.callbacks.batches import BatchFolder
 from pretrain.callbacks.spikes import observe
 from pretrain.checkpoint.directory import REMOVED, CheckpointDirectory
+from pretrain.checkpoint.tensors import read_tensors
 from pretrain.config import PretrainConfig, SpikeConfig, parse
 from pretrain.trainer import RollBack, StepReport, TrainerState
 from pretrain.validate import examine
 from tests.pretrain import notified
 from tests.pretrain.killing import Watched, consumed
 from tests.pretrain.launch import TIMEOUT_S, TINY, journal, training
-from tests.pretrain.test_resume import tensors
 
 SETTINGS = SpikeConfig(window=16, threshold=6, min_increase=0.3, patience=3)
 
@@ -175,7 +175,7 @@ def test_a_rolled_back_run_leaves_the_samples_out_and_is_the_same_however_it_was
     again = broken / "run"
     assert _rows(again) == _rows(run)
     last = f"step_{STEPS:08d}"
-    expected, found = tensors(run / "checkpoints" / last), tensors(again / "checkpoints" / last)
+    expected, found = read_tensors(run / "checkpoints" / last), read_tensors(again / "checkpoints" / last)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert json.loads((again / "checkpoints" / last / "trainer.json").read_text())["state"] == state
     assert sorted(path.name for path in (again / "checkpoints").iterdir()) == sorted(path.name for path in (run / "checkpoints").iterdir())

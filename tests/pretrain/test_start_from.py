@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint.tensors import read_tensors
 from pretrain.config import parse
 from pretrain.validate import ConfigurationError, validate
 from tests.pretrain.launch import TINY, losses, train
 from tests.pretrain.test_checkpoints import flip
-from tests.pretrain.test_resume import tensors
 
 SETTINGS = ["--train.micro_batch_size", 2, "--train.global_batch_size", 8, "--validation.samples", 16, "--qsparse.keep", "0.4"]
 
@@ -39,7 +39,7 @@ def test_the_weights_are_taken_and_nothing_else(shards, first, tmp_path):
     arguments = ["--data.path", shards, *SETTINGS, "--train.seed", 7, "--train.global_batch_size", 4, "--output_dir", run]
     output = train(*arguments, "--optimizer.lr", 0, "--train.steps", 1, "--checkpoint.start_from", milestone)
     assert f"starting with the weights of {milestone}" in output and "going on" not in output
-    expected, found = tensors(milestone), tensors(run / "checkpoints" / "step_00000001")
+    expected, found = read_tensors(milestone), read_tensors(run / "checkpoints" / "step_00000001")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items()) and "embedding.word_embeddings.weight" in expected
     assert json.loads((run / "checkpoints" / "step_00000001" / "trainer.json").read_text())["state"]["consumed_samples"] == 4
 

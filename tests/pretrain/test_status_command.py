@@ -112,7 +112,8 @@ def test_damaged_files_are_told_at_most(name, tmp_path, capsys):
         status, out, err = call(capsys, run)
         assert (status, err) == (0, ""), what
         assert "state" in out and "goodput" in out
-        if name in ("config.yaml", "run.json") and what != "other types":
+        # Half a YAML file may be a whole one.
+        if name in ("config.yaml", "run.json") and what != "other types" and (name, what) != ("config.yaml", "cut"):
             assert name in out.partition("problems")[2], what
 
 
@@ -134,7 +135,9 @@ def test_help_is_quick_and_nothing_heavy_is_imported(two):
 def test_watching_ends_quietly(two):
     command = [sys.executable, "-m", "pretrain.status", "--watch", "0.2", "runs/b"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "60", "LINES": "10"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    # A shell's background jobs, such as these tests may be, ignore it.
+    ended_by_int = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **ended_by_int) as process:
         seen = 0
         while seen < 3:
             seen += "pending since" in process.stdout.readline()
@@ -144,7 +147,7 @@ def test_watching_ends_quietly(two):
     # In a terminal in place, and no line longer than it.
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "pretrain.status", "--watch", "runs/b", "runs/a"]
-    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment, **ended_by_int) as process:
         shown = b""
         while b"\x1b[J" not in shown.partition(b"\x1b[H")[2]:
             shown += os.read(leader, 4096)

@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# The cases of `pretrain.acceptance`, one step of this job after the other, and the report.
+
+acceptance() {
+  local folder all=() line fields=() status=0
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    [ -z "${DRY_RUN:-}" ] || show_submission
+    submit_script
+    return
+  fi
+  enter_environment
+  PROCESSES=$(processes) || exit 2
+  node_environment
+  rendezvous
+  folder=${QSPARSE_RUNS:-$PWD/runs}/acceptance-$SLURM_JOB_ID
+  size=(--nodes "$(nodes | wc -l)" --processes-per-node "$PROCESSES")
+  say "acceptance on $(nodes | paste -sd' '), in $folder"
+  inside python -m pretrain.acceptance data "$folder"
+  mapfile -t all < <(inside python -m pretrain.acceptance cases "${size[@]}")
+  for line in "${all[@]}"; do
+    IFS=$'\t' read -ra fields <<<"$line"
+    run_case "$folder" "$@" -- "${fields[@]}"
+  done
+  inside python -m pretrain.acceptance report "$folder" "${size[@]}" || status=$?
+  exit "$status"
+}
+
+# run_case FOLDER [flags] -- NAME KIND DIRECTORY NODES PROCESSES FLAGS...
+run_case() {
+  local folder=$1 more=() name kind directory started=$SECONDS status=0
+  shift
+  while [ "$1" != -- ]; do more+=("$1") && shift; done
+  name=$2 kind=$3 directory=$4 TRAIN_NODES=$5 PROCESSES=$6
+  shift 6
+  FLAGS=("$@" --data.path "$folder/shards" --output_dir "$folder/runs/$directory" "${more[@]}")
+  START_DIRECTORY=$folder/logs/$name STEP=0 STEPS=""
+  mkdir -p "$START_DIRECTORY"
+  if ! inside python -m pretrain.acceptance prepare "$folder" "$name" "${size[@]}"; then
+    echo "not begun: what it begins with is missing" >"$START_DIRECTORY/status"
+    return
+  fi
+  # Each start has a port of its own: the one before may still be closing.
+  MASTER_PORT=$((MASTER_PORT + 1))
+  launch >"$START_DIRECTORY/log" 2>&1 </dev/null
+  [ "$kind" != killed ] || kill_first_rank "$folder/runs/$directory"
+  wait "$STEP_PID" || status=$?
+  echo "$status" >"$START_DIRECTORY/status"
+  echo $((SECONDS - started)) >"$START_DIRECTORY/seconds"
+  say "$name: status $status, $((SECONDS - started)) s"
+}
+
+# SIGKILL, once the run is on its way; its owner's file says where the process is.
+kill_first_rank() {
+  local run=$1 steps owner
+  while kill -0 "$STEP_PID" 2>/dev/null; do
+    steps=$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)
+    if [ "$steps" -gt 30 ]; then
+      owner=$(cat "$run"/.owner/*.json)
+      srun --overlap --nodes=1 --ntasks=1 --nodelist="$(field host "$owner" | cut -d. -f1)" kill -KILL "$(field pid "$owner")" || true
+      return
+    fi
+    sleep 0.1
+  done
+}
+
+# A value of the owner's JSON.
+field() { sed -n "s/.*\"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" <<<"$2"; }

@@ -1,0 +1,130 @@
+"""What acceptance runs, and that it finds what does not fit. On real nodes: tests/slurm/test_acceptance.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pretrain.acceptance.__main__ import main
+from pretrain.acceptance.cases import LAST, LAYOUTS, Case, cases
+from pretrain.acceptance.compare import EQUAL, compare, losses
+from pretrain.acceptance.report import Result, write
+from pretrain.checkpoint import tensors
+from pretrain.config import parse
+from pretrain.tracking.journal import Journal
+from pretrain.validate import examine
+
+STATE = {
+    "optimizer.fp32.a": torch.tensor([1.0, -2.0]),
+    "optimizer.exp_avg.a": torch.tensor([0.1, 0.2]),
+    "decoder.a": torch.tensor([1.0, -2.0]),
+}
+CASE = Case(name="layout", kind="layout", variant="dense", precision="fp32", processes=2, reference="reference")
+
+
+class TestCases:
+    @pytest.mark.parametrize("processes", [2, 4, 8, 16])
+    def test_each_begins_and_is_compared_with_one_that_was_run_before(self, processes):
+        found, left_out = cases(processes)
+        names = [case.name for case in found]
+        assert len(set(names)) == len(names)
+        for number, case in enumerate(found):
+            assert case.processes <= processes
+            assert not case.reference or case.reference in names[:number]
+            assert case.begins is None or case.begins[0] in names[:number]
+        assert not left_out or processes < 8
+
+    @pytest.mark.parametrize("processes", [2, 8])
+    def test_all_could_start(self, processes, shards, capsys):
+        assert main(["cases", "--nodes", "2", "--processes-per-node", str(processes // 2)]) == 0
+        for line in capsys.readouterr().out.splitlines():
+            name, _, _, nodes, per_node, *flags = line.split("\t")
+            config = parse([*flags, "--data.path", str(shards), "--output_dir", "x", "--data.sequence_length", "32"])
+            problems, _, _ = examine(config, int(nodes) * int(per_node))
+            assert problems == [], name
+
+    def test_every_layout_is_there_with_enough_processes(self):
+        names = " ".join(case.name for case in cases(8)[0])
+        assert all(layout.name in names for layout in LAYOUTS)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two runs that are the same; what is in a checkpoint is told by the dictionary `states`."""
+    states = {}
+    for name in ("reference", "layout"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        journal = Journal(folder / "metrics.jsonl")
+        for step in range(1, LAST + 1):
+            journal.append(step, {"train/loss": 6.0 / step, "train/grad_norm": 2.0})
+            states[name, step] = {key: value.clone() for key, value in STATE.items()}
+        journal.close()
+    monkeypatch.setattr(tensors, "read_tensors", lambda path: states[path.parts[-3], int(path.name.removeprefix("step_"))])
+    return tmp_path, states
+
+
+def misfits(folder) -> list[str]:
+    return [figure.what for figure in compare(CASE, folder) if not figure.fits]
+
+
+class TestCompare:
+    def test_the_same(self, runs):
+        assert misfits(runs[0]) == [] and [figure.what for figure in compare(CASE, runs[0])] == list(EQUAL)
+
+    def test_a_loss_that_is_off(self, runs):
+        folder, _ = runs
+        path = folder / "runs" / "layout" / "metrics.jsonl"
+        path.write_text(path.read_text().replace("1.5", "1.50001"))
+        assert misfits(folder) == ["loss, nat"]
+
+    def test_a_weight_that_is_off(self, runs):
+        folder, states = runs
+        states["layout", LAST]["optimizer.fp32.a"][1] += 1e-4
+        assert misfits(folder) == ["weights, of the largest of each"]
+
+    def test_a_gradient_that_is_off(self, runs):
+        folder, states = runs
+        states["layout", LAST]["optimizer.exp_avg.a"][0] *= 1.001
+        assert misfits(folder) == ["gradients, of the largest of each"]
+
+    def test_a_number_that_is_none(self, runs):
+        folder, states = runs
+        states["layout", LAST]["optimizer.fp32.a"][0] = float("nan")
+        assert misfits(folder) == ["weights, of the largest of each"]
+
+    def test_a_tensor_too_few(self, runs):
+        folder, states = runs
+        del states["layout", LAST]["optimizer.fp32.a"]
+        with pytest.raises(ValueError, match="other tensors than in the reference"):
+            compare(CASE, folder)
+
+    def test_a_run_that_did_not_come_to_its_end(self, runs):
+        folder, _ = runs
+        path = folder / "runs" / "layout" / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        with pytest.raises(ValueError, match="ended at step 3"):
+            losses(folder / "runs" / "layout", "train/loss")
+
+
+def test_the_report_says_what_does_not_fit(runs, tmp_path):
+    folder, states = runs
+    about = {"devices": "d", "nodes": "2", "communication": "gloo", "versions": "v", "date": "2026-01-01"}
+    good = Result("good", 2, compare(CASE, folder))
+    text = write(tmp_path, about, [good], [("other", "needs 8 processes, there are 2")])
+    assert (
+        "**All 1 cases fit.**" in text
+        and "- other: needs 8 processes" in text
+        and "`| d, gloo | 2 | acceptance | v | 2026-01-01 |`" in text
+    )
+    states["layout", LAST]["optimizer.fp32.a"][1] += 1
+    text = write(tmp_path, about, [good, Result("bad", 2, compare(CASE, folder)), Result("lost", 2, problem="was not run")], [])
+    assert "**2 of 3 cases do not fit:** bad; lost" in text and "acceptance, failed" in text
+    assert [case["fits"] for case in json.loads((tmp_path / "report.json").read_text())["cases"]] == [True, False, False]
+
+
+def test_a_report_of_nothing_fails(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--nodes", "1", "--processes-per-node", "2"]) == 1
+    assert "missing: it was not run" in capsys.readouterr().out
+    shutil.rmtree(tmp_path)
