@@ -15,12 +15,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from tests.slurm.configuration import CONFIGURATION, LOOPBACK, PARTITIONS
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -105,8 +105,8 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """A crash: the node's daemon, its steps and everything below them vanish at once."""
-        daemon = self._pid(f"slurmd.{name}")
-        lost = [daemon, *self._steps(name)]
+        daemon = self.pid(f"slurmd.{name}")
+        lost = [daemon, *self.steps(name)]
         below = [child.pid for pid in lost for child in psutil.Process(pid).children(recursive=True)]
         for pid in (*lost, *below):
             with contextlib.suppress(ProcessLookupError):
@@ -117,46 +117,6 @@ class Cluster:
         """Bring a crashed node back; -b reports a boot, so that jobs that were lost with it are ended."""
         self._start(name, "-b")
         self._wait_until_idle()
-
-    @contextlib.contextmanager
-    def hidden(self, name: str, folder: Path) -> Iterator[None]:
-        """The folder is empty on this node. Needs root."""
-        inside = ["nsenter", "--mount", f"--target={self._pid(f'slurmd.{name}')}"]
-        subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run([*inside, "umount", "--lazy", folder], check=True)
-
-    @contextlib.contextmanager
-    def slowed(self, name: str, command: str, stopped_s: float = 0.045) -> Iterator[None]:
-        """Processes of this node with that in their command line are stopped for so long, then run for 5 ms, and so on."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._slow_down, args=(name, command, stopped_s, ended))
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def _slow_down(self, name: str, command: str, stopped_s: float, ended: threading.Event) -> None:
-        found: set[psutil.Process] = set()
-        looked = 0.0
-        while not ended.is_set():
-            if time.monotonic() - looked > 0.5:
-                looked = time.monotonic()
-                below = [child for pid in self._steps(name) for child in psutil.Process(pid).children(recursive=True)]
-                with contextlib.suppress(psutil.Error):
-                    found = {process for process in below if command in " ".join(process.cmdline())}
-            for number, seconds in ((signal.SIGSTOP, stopped_s), (signal.SIGCONT, 0.005)):
-                for process in found:
-                    with contextlib.suppress(psutil.Error):
-                        process.send_signal(number)
-                ended.wait(seconds if found else 0.05)
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGCONT)
 
     def resume(self) -> None:
         """Every node is ready again and no job is left, whatever a test has done."""
@@ -269,7 +229,7 @@ class Cluster:
                 self.client("scancel", *late, "--user", _user(), check=False, timeout=5)
             time.sleep(0.3)
 
-    def _steps(self, name: str) -> list[int]:
+    def steps(self, name: str) -> list[int]:
         """slurmstepd of the node: they are nobody's children, and keep the node's log open."""
         log = self.folder / f"slurmd.{name}.log"
         found = []
@@ -280,82 +240,24 @@ class Cluster:
                         found.append(process.pid)
         return found
 
-    def _pid(self, daemon: str) -> int:
+    def pid(self, daemon: str) -> int:
         return int((self.folder / f"{daemon}.pid").read_text())
 
     def _down(self) -> None:
         with contextlib.suppress(Exception):
             self._cancel_all()
         for name in self.names:
-            for pid in self._steps(name):
+            for pid in self.steps(name):
                 _end(pid)
         for daemon in (*(f"slurmd.{name}" for name in self.names), "slurmctld", "munged"):
             with contextlib.suppress(FileNotFoundError):
-                _end(self._pid(daemon))
+                _end(self.pid(daemon))
         if self._network is not None:
             self._network.kill()
             self._network.wait()
         if self.small_disk.is_mount():
             subprocess.run(["umount", "--lazy", self.small_disk])
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-LOOPBACK = """
-import fcntl, socket, struct, time
-def ask(request, name, content):
-    fcntl.ioctl(socket.socket(), request, struct.pack("16s16s", name, content))
-# SIOCSIFFLAGS, IFF_UP
-ask(0x8914, b"lo", struct.pack("H", 1))
-# SIOCSIFADDR: with 127.0.0.1 alone getaddrinfo takes the machine for one without IPv4 (AI_ADDRCONFIG).
-ask(0x8916, b"lo:1", struct.pack("HH4s", socket.AF_INET, 0, socket.inet_aton("127.0.0.2")))
-print("up", flush=True)
-time.sleep(1e9)
-"""
-CONFIGURATION = """\
-ClusterName=test
-SlurmctldHost=localhost(127.0.0.1)
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-# cred_expire is also how long a requeued job waits before it may start again (120 s by default).
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
-CredType=cred/munge
-SlurmctldPort={port}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool.%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-MailProg=/bin/true
-PlugStackConfig={folder}/plugstack.conf
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
-SlurmdParameters=config_overrides
-SlurmctldTimeout=30
-SlurmdTimeout=6
-MessageTimeout=5
-InactiveLimit=0
-KillWait=30
-MinJobAge=3600
-CompleteWait=0
-EpilogMsgTime=0
-ReturnToService=2
-JobRequeue=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-{gres}
-"""
-PARTITIONS = """\
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
-"""
 
 
 def _user() -> str:

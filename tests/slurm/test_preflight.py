@@ -5,15 +5,19 @@ import os
 import pytest
 
 from pretrain.job import attempts
+from tests.slurm.faults import hidden, slowed
 from tests.slurm.jobs import flags, submit
+
+QUIET = {"QSPARSE_PREFLIGHT_FRACTION": "0.25"}
+"""The nodes share the cores of one machine, which may be busy: half as fast as usual is nothing there."""
 
 
 @pytest.mark.slurm
 @pytest.mark.skipif(os.geteuid() != 0, reason="hiding a folder from one node needs root")
 def test_a_slow_node_and_one_that_cannot_read_the_data(cluster, shards, tmp_path):
     given = flags(tmp_path, shards, "--tracking.enabled", "false", "--train.micro_batch_size", 4, "--train.global_batch_size", 24)
-    with cluster.hidden("node3", shards), cluster.slowed("node2", "pretrain.preflight"):
-        job = submit(cluster, tmp_path, *given, options=("--nodes=1-3",), env={"PREFLIGHT": "1"})
+    with hidden(cluster, "node3", shards), slowed(cluster, "node2", "pretrain.preflight"):
+        job = submit(cluster, tmp_path, *given, options=("--nodes=1-3",), env={"PREFLIGHT": "1"} | QUIET)
         job.until(lambda: job.restarts() == 1, "requeued")
     log = job.finish()
     assert "bad node: node2: computes at" in log and "bad node: node3: cannot read the data: " in log
@@ -27,9 +31,15 @@ def test_a_slow_node_and_one_that_cannot_read_the_data(cluster, shards, tmp_path
 @pytest.mark.slurm
 def test_a_node_that_hangs(cluster, tmp_path):
     """The others do not wait for it longer than they should, and it is named."""
-    with cluster.slowed("node3", "pretrain.preflight", stopped_s=3600):
+    with slowed(cluster, "node3", "pretrain.preflight", stopped_s=3600):
         job = submit(
-            cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_PREFLIGHT_WAIT": "12"}
+            cluster,
+            tmp_path,
+            "--device",
+            "cpu",
+            script="preflight.sh",
+            options=("--nodes=3",),
+            env={"QSPARSE_PREFLIGHT_WAIT": "12"} | QUIET,
         )
         found = job.wait()
     assert found["JobState"] == "FAILED" and found["ExitCode"] == "3:0", job.log
@@ -39,6 +49,8 @@ def test_a_node_that_hangs(cluster, tmp_path):
 
 @pytest.mark.slurm
 def test_a_look_without_training(cluster, shards, tmp_path):
-    job = submit(cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_DATA": str(shards)})
+    job = submit(
+        cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_DATA": str(shards)} | QUIET
+    )
     log = job.finish()
     assert "3 nodes are good" in log and "between GB/s" in log
