@@ -8,15 +8,17 @@ if TYPE_CHECKING:
 
 
 def read_tensors(checkpoint: Path) -> "dict[str, torch.Tensor]":
-    """name -> tensor, all of them in memory. Raises what torch.distributed.checkpoint raises for files that cannot be read."""
+    """name -> tensor, all of them in memory. Raises ValueError where the table of contents cannot be read or names more than
+    tensors need, and what torch.distributed.checkpoint raises for the other files."""
     import torch
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import FileSystemReader
 
+    from megatron_qsparse.parallel.metadata import read_metadata
+    from megatron_qsparse.parallel.state_files import StateFiles
     from pretrain.checkpoint.directory import STATE_NAME
 
-    reader = FileSystemReader(str(checkpoint / STATE_NAME))
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in metadata.items() if hasattr(item, "size")}
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    directory = checkpoint / STATE_NAME
+    stored = read_metadata(directory).state_dict_metadata
+    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in stored.items() if hasattr(item, "size")}
+    dcp.load(state, storage_reader=StateFiles(directory), no_dist=True)
     return state

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_qsparse.parallel.metadata import METADATA_NAME, read_contents, read_metadata
+from pretrain.checkpoint.tensors import read_tensors
 from pretrain.yaml_text import Loader
 from tests import malice
 from tests.parallel.helpers import gather, layout
@@ -78,6 +79,16 @@ def test_no_road_into_a_state_runs_code(pool, whole, tmp_path):
     # The attack is a real one: torch's own reader falls for it.
     FileSystemReader(str(tmp_path / "metadata getattr")).read_metadata()
     assert canary.exists()
+
+
+def test_comparing_states_runs_no_code_either(whole, state, tmp_path):
+    name = "embedding.word_embeddings.weight"
+    assert torch.equal(read_tensors(whole[0].parent)[name], whole[1][name])
+    attack, refused = malice.attacks(tmp_path / "canary")["getattr"]
+    malice.in_metadata(state, attack)
+    with pytest.raises(ValueError, match=refused):
+        read_tensors(state.parent)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_what_is_stored_otherwise_than_the_contents_say_is_refused_in_words(pool, whole, tmp_path):
@@ -183,7 +194,7 @@ def test_what_is_no_table_of_contents_is_refused(content, state):
 
 
 UNSAFE = re.compile(
-    r"pickle\.loads?\(|torch\.load\((?!.*weights_only=True)|yaml\.(unsafe_|full_)?load\(|allow_pickle=True|read_metadata\(\)"
+    r"pickle\.loads?\(|torch\.load\((?!.*weights_only=True)|yaml\.(unsafe_|full_)?load\(|allow_pickle=True|read_metadata\(\)|FileSystemReader\("
 )
 """What would run code of whoever wrote a file."""
 

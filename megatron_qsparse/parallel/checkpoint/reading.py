@@ -13,13 +13,14 @@ import torch
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import LoadPlan
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_qsparse.parallel.checkpoint.places import Place
 from megatron_qsparse.parallel.checkpoint.snapshot import FORMAT_VERSION
 from megatron_qsparse.parallel.checkpoint.writing import COMMON_NAME
-from megatron_qsparse.parallel.metadata import METADATA_NAME, read_metadata
+from megatron_qsparse.parallel.metadata import METADATA_NAME
+from megatron_qsparse.parallel.state_files import StateFiles
 
 
 class Reader:
@@ -39,7 +40,7 @@ class Reader:
             raise ValueError(
                 f"{directory}: format {self.common['format_version']} is newer than {FORMAT_VERSION}, the newest this version reads"
             )
-        self._files = _Files(directory)
+        self._files = StateFiles(directory)
         self._metadata = self._files.read_metadata()
 
     @property
@@ -96,13 +97,6 @@ class Reader:
         places = (self._metadata.storage_data.get(item.storage_index) for item in plan.items)
         names = {METADATA_NAME if place is None else place.relative_path for place in places}
         return " or ".join(str(self.directory / name) for name in sorted(names))
-
-
-class _Files(FileSystemReader):
-    """torch's reader of the files, which unpickles no .metadata."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
