@@ -1,4 +1,9 @@
-"""Names ranks that all others wait for: slow devices, and slow reading of data."""
+"""Names ranks that all others wait for: slow devices, and slow reading of data.
+
+`megatron.core.utils.StragglerDetector` (0.16.1) is not used: it needs CUDA, rank 0 listens at a port of all interfaces where any
+connection switches it, and its report is a line of minima and maxima over all pipeline stages, without a bound from which one is slow.
+What it measures, events around forward passes, is `parallel.stopwatch` here.
+"""
 
 import os
 import socket
@@ -73,6 +78,9 @@ class WatchStragglers(Callback):
         lasting = {rank for rank, count in self.in_a_row.items() if count >= PATIENCE}
         if new := sorted(lasting - self.named):
             self._name(new, found)
+        if dist.get_rank() == 0:
+            for rank in sorted(self.named - lasting):
+                print(f"slow no more: rank {rank} ({self.places[rank]})", flush=True)
         self.named = lasting
 
     def _name(self, ranks: list[int], found: dict[int, str]) -> None:

@@ -1,7 +1,8 @@
-"""Are the nodes of a job fit for training? One process a device looks at its own, and measures together with the others.
+"""Before training, on every node of a job: what would fail or slow it, so that a bad node is named before hours are lost on it.
 
-    node   in each process: writes what it finds to a folder that all nodes see
-    judge  afterwards, once: names the bad nodes
+`python -m pretrain.preflight node` runs once on each node and writes DIR/NODE.json; `judge` compares what they have written. Of the
+node's process, which lives as long as the examination:
 
-Every step has its time; a node that does not come, hangs or cannot reach the folder is found by what is missing of it.
+`files` disks and shards, `devices` one process each that computes and all-reduces, `health` what NVIDIA's driver says, `meeting` the
+nodes among themselves, `node` the order of all that, `report` what is written, `judge` and `table` what is made of it.
 """

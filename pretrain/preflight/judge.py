@@ -1,98 +1,192 @@
-"""Which nodes are bad, by the reports of their processes. Imports no torch."""
+"""Which nodes are bad, by all their reports: what each says of itself, and how its figures compare with those of the others."""
 
+import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
-from pretrain.preflight.reports import Report
+from pretrain.preflight.meeting import skews
+from pretrain.preflight.report import Report, path_of, this_start
 
-FRACTION = 0.5
-"""Of the median of the nodes, below which a node is slow."""
-MAX_SKEW_S = 5.0
-"""By which a clock may be wrong: times in logs and journals would contradict each other."""
-
-
-@dataclass
-class Verdict:
-    """Of all nodes."""
-
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    """node -> what is wrong with it, of those with whom something is."""
-    table: list[tuple[str, ...]] = field(default_factory=list)
-    """node, devices, TFLOP/s of the slowest, all-reduce inside and between in GB/s, disk in MB/s, clock in s; first the heads."""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def bad(self) -> list[str]:
-        return sorted(self.problems)
+BAD = "bad"
+"""File of the bad nodes' names, one a line."""
+GRACE_S = 3.0
+"""For a file that was written just before on another machine."""
 
 
-def judge(reports: Sequence[Report], nodes: Sequence[str], per_node: int, fraction: float = FRACTION) -> Verdict:
-    """nodes: those that were to report, with `per_node` processes each."""
-    of = {node: [report for report in reports if report.node == node] for node in nodes}
-    verdict = Verdict()
-    for node, found in of.items():
-        missing = sorted(set(range(per_node)) - {report.local_rank for report in found})
-        problems = [problem for report in found for problem in report.problems]
-        if missing:
-            which = f"processes {', '.join(map(str, missing))} of {per_node}" if per_node > 1 else "its process"
-            problems.append(f"did not report ({which}): it does not answer, hangs, or cannot write to the shared folder")
-        problems += [
-            f"its clock is {abs(r.skew_s):.1f} s {'ahead' if r.skew_s > 0 else 'behind'}"
-            for r in found
-            if r.skew_s is not None and abs(r.skew_s) > MAX_SKEW_S and r.local_rank == 0
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    fraction: float = 0.5
+    """Of the median, below which a speed is bad; in (0, 1)."""
+    clock_skew_s: float = 5.0
+    """Between a node's clock and the median one."""
+    min_gbps: float = 0.0
+    """Bus bandwidth between nodes that is bad whatever the others have; 0 asks for none."""
+
+
+def read_reports(folder: Path, nodes: list[str]) -> tuple[dict[str, Report], dict[str, str]]:
+    """(node -> its report, node -> why there is none). Waits a little for those that are missing."""
+    reports: dict[str, Report] = {}
+    missing = dict.fromkeys(nodes, "")
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        for node in list(missing):
+            try:
+                report = Report.read(folder, node)
+                if report.start != this_start():
+                    raise FileNotFoundError("of an earlier start")
+                reports[node] = report
+                del missing[node]
+            except FileNotFoundError:
+                missing[node] = "did not report"
+            except (OSError, ValueError) as error:
+                missing[node] = f"left a report that cannot be read, {path_of(folder, node)} ({error})"
+        if not missing or time.monotonic() > deadline:
+            return {node: reports[node] for node in nodes if node in reports}, missing
+        time.sleep(0.2)
+
+
+def judge(reports: dict[str, Report], missing: dict[str, str], nodes: list[str], limits: Limits, timeout_s: float) -> dict[str, list[str]]:
+    """Bad node -> what is wrong with it, in the order of `nodes`.
+
+    timeout_s: that a node without a report had, where no other says it.
+    """
+    limit = max((report.timeout_s for report in reports.values()), default=timeout_s)
+    found: dict[str, list[str]] = {node: [] for node in nodes}
+    came = {member for report in reports.values() for member in report.members}
+    for node, why in missing.items():
+        if why == "did not report":
+            why = "took part, but left no report: does it see the directory?" if node in came else f"{why} within {limit:.0f} s"
+        found[node].append(why)
+    for node, report in reports.items():
+        found[node] += report.problems
+        if not report.done:
+            found[node].append(f"did not end within {report.timeout_s:.0f} s: last heard of {report.doing}")
+    _add(found, _unreached(reports, nodes, found))
+    _add(found, _kinds(reports))
+    _add(found, _speeds(reports, limits))
+    _add(found, _manifests(reports))
+    _add(found, _clocks(reports, limits))
+    # Last: what is known already tells which partner of a pair is at fault.
+    _add(found, _pairs(reports, limits, found))
+    return {node: told for node, told in found.items() if told}
+
+
+def write_bad(folder: Path, bad: Iterable[str]) -> None:
+    """Replace the file as a whole; it is empty where all are good. Raises OSError."""
+    beside = folder / f".{BAD}"
+    with beside.open("w") as file:
+        file.write("".join(f"{node}\n" for node in bad))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / BAD)
+
+
+def _add(found: dict[str, list[str]], more: dict[str, list[str]]) -> None:
+    for node, told in more.items():
+        found[node] += told
+
+
+def _unreached(reports: dict[str, Report], nodes: list[str], found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Who did not meet the others: not at fault where the first node is, as it is for all of them where nobody reached it."""
+    told = {node: report.unreached for node, report in reports.items() if report.unreached}
+    if nodes[0] in told:
+        return {nodes[0]: [told[nodes[0]]]}
+    if found[nodes[0]] and nodes[0] not in reports:
+        return {}
+    others = [node for node in reports if node != nodes[0]]
+    if len(others) > 1 and len(told) == len(others):
+        return {nodes[0]: [f"no other node met it: {next(iter(told.values()))}"]}
+    return {node: [why] for node, why in told.items()}
+
+
+def _kinds(reports: dict[str, Report]) -> dict[str, list[str]]:
+    without = [node for node, report in reports.items() if report.device == "CPU"]
+    with_gpu = [node for node, report in reports.items() if report.device not in ("", "CPU")]
+    return {node: ["has no NVIDIA driver, other nodes have: see nvidia-smi there"] for node in without} if with_gpu else {}
+
+
+def _speeds(reports: dict[str, Report], limits: Limits) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {node: [] for node in reports}
+    everything = [speed for report in reports.values() for speed in report.tflops.values()]
+    middle = statistics.median_high(everything) if everything else 0.0
+    for node, report in reports.items():
+        for device, speed in report.tflops.items():
+            if speed < limits.fraction * middle:
+                found[node].append(f"{device} computes slowly: {speed:.3g} TFLOP/s, the median of all is {middle:.3g}")
+    inside = {node: report.in_node_gbps for node, report in reports.items() if report.in_node_gbps is not None}
+    middle = statistics.median_high(inside.values()) if inside else 0.0
+    for node, speed in inside.items():
+        if speed < limits.fraction * middle:
+            found[node].append(f"all-reduce among its devices is slow: {speed:.3g} GB/s, the median of the nodes is {middle:.3g}")
+    return found
+
+
+def _manifests(reports: dict[str, Report]) -> dict[str, list[str]]:
+    digests = {node: report.manifest for node, report in reports.items() if report.manifest}
+    if len(set(digests.values())) < 2:
+        return {}
+    usual = statistics.mode(digests.values())
+    return {
+        node: [f"sees other shards than the others: its manifest is {digest[:12]}, not {usual[:12]}"]
+        for node, digest in digests.items()
+        if digest != usual
+    }
+
+
+def _clocks(reports: dict[str, Report], limits: Limits) -> dict[str, list[str]]:
+    clocks = {node: report.clock_s for node, report in reports.items() if report.clock_s is not None}
+    if len(clocks) < 2:
+        return {}
+    if len(clocks) == 2:
+        (first, one), (second, two) = clocks.items()
+        text = f"clocks of {first} and {second} are {abs(two - one):.1f} s apart, nothing tells which is wrong: see to time synchronization"
+        return {first: [text], second: [text]} if abs(two - one) > limits.clock_skew_s else {}
+    return {
+        node: [f"clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the median of the nodes: see to time synchronization"]
+        for node, skew in skews(clocks).items()
+        if abs(skew) > limits.clock_skew_s
+    }
+
+
+def best_pairs(reports: dict[str, Report], bad: dict[str, list[str]]) -> dict[str, float]:
+    """Node -> GB/s of its fastest pair; partners that are bad for other reasons do not count against it."""
+    best = {}
+    for node, report in reports.items():
+        # Of both, since one that was stopped for a while measures others as slow.
+        speeds = [
+            max(speed, reports[other].pairs.get(node, 0.0)) if other in reports else speed
+            for other, speed in report.pairs.items()
+            if not bad[other] or speed
         ]
-        if problems:
-            verdict.problems[node] = problems
-        verdict.notes += [f"{node}: {report.note}" for report in found if report.note and report.local_rank == 0]
-    without = [node for node, found in of.items() if any(report.device == "CPU" for report in found)]
-    if 0 < len(without) < sum(map(bool, of.values())):
-        for node in without:
-            verdict.problems.setdefault(node, []).append("has no GPU that torch finds, others have")
-    _compare(verdict, of, fraction)
-    verdict.table = _table(of)
-    return verdict
+        if speeds:
+            best[node] = max(speeds)
+    return best
 
 
-def _compare(verdict: Verdict, of: dict[str, list[Report]], fraction: float) -> None:
-    for what, unit, figure in (
-        ("computes", "TFLOP/s", slowest),
-        ("reduces among its own devices", "GB/s", inside),
-        ("reduces", "GB/s", between),
-    ):
-        figures = {node: value for node, found in of.items() if (value := figure(found)) is not None}
-        if len(figures) < 2 or figure is between and len(figures) == 2:
-            # Of two nodes each has the other's figure.
-            continue
-        # Of two the better one says what is possible.
-        usual = statistics.median(figures.values()) if len(figures) > 2 else max(figures.values())
-        for node, value in figures.items():
-            if value < fraction * usual:
-                verdict.problems.setdefault(node, []).append(
-                    f"{what} at {value:.3g} {unit}, {value / usual:.0%} of what is usual here ({usual:.3g})"
-                )
-
-
-def slowest(found: list[Report]) -> float | None:
-    return min((report.tflops for report in found if report.tflops is not None), default=None)
-
-
-def inside(found: list[Report]) -> float | None:
-    return min((report.inside_gb_s for report in found if report.inside_gb_s is not None), default=None)
-
-
-def between(found: list[Report]) -> float | None:
-    """With the better one of its neighbours."""
-    return max((value for report in found for value in report.between_gb_s.values()), default=None)
-
-
-def _table(of: dict[str, list[Report]]) -> list[tuple[str, ...]]:
-    rows = [("node", "devices", "TFLOP/s", "inside GB/s", "between GB/s", "disk MB/s", "clock s")]
-    for node, found in of.items():
-        first = next((report for report in found if report.local_rank == 0), None)
-        names = sorted({report.device for report in found if report.device})
-        values = (slowest(found), inside(found), between(found), first and first.disk_mb_s, first and first.skew_s)
-        shown = [f"{value:.3g}" if value is not None else "-" for value in values[:-1]]
-        skew = f"{values[-1]:+.2f}" if values[-1] is not None else "-"
-        rows.append((node, f"{len(found)} x {', '.join(names) or '?'}", *shown, skew))
-    return rows
+def _pairs(reports: dict[str, Report], limits: Limits, bad: dict[str, list[str]]) -> dict[str, list[str]]:
+    best = best_pairs(reports, bad)
+    if not best:
+        return {}
+    middle = statistics.median_high(best.values())
+    floor = max(limits.fraction * middle, limits.min_gbps)
+    slow = {node: speed for node, speed in best.items() if speed < floor or not speed}
+    if len(slow) == len(best) == 2:
+        first, second = slow
+        if bad[first] or bad[second]:
+            return {}
+        why = next((why for report in reports.values() for why in report.failures.values()), "")
+        told = f"is slow: {best[first]:.3g} GB/s, {limits.min_gbps:.3g} are needed" if best[first] else f"failed ({why})"
+        text = f"the all-reduce between {first} and {second} {told}; nothing tells which of the two is at fault"
+        return {first: [text], second: [text]}
+    found = {}
+    for node, speed in slow.items():
+        others = ", ".join(reports[node].pairs)
+        if speed:
+            usual = f"the median of the nodes is {middle:.3g}" if speed < limits.fraction * middle else f"{floor:.3g} are needed"
+            found[node] = [f"all-reduce with {others} is slow: {speed:.3g} GB/s, {usual}"]
+        else:
+            found[node] = [f"all-reduce with {others} failed ({next(iter(reports[node].failures.values()), '')})"]
+    return found

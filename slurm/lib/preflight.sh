@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Inside of a job, before training: are the nodes fit for it? `pretrain.preflight` looks; bad nodes are left out of the next start.
 
-# Seconds that nodes wait for one that does not come, and then for one that does not end.
-PREFLIGHT_WAIT=${QSPARSE_PREFLIGHT_WAIT:-120}
+# Seconds that a node may take.
+PREFLIGHT_WAIT=${QSPARSE_PREFLIGHT_WAIT:-180}
 
 preflight() {
   local bad status=0
@@ -16,23 +16,23 @@ preflight() {
 
 # look_at_nodes FOLDER [flags of pretrain.preflight node]
 look_at_nodes() {
-  local folder=$1 names status=0 before=()
+  local folder=$1 common status=0 before=()
   shift
-  names=$(nodes | head -n "$TRAIN_NODES" | paste -sd' ')
-  mapfile -t before < <(wrapper)
   mkdir -p "$folder"
-  say "preflight: looking at $names"
-  # A node that does not answer is found by what it does not report.
-  KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes "$PROCESSES" --quiet --time=10 "${before[@]}" python -m pretrain.preflight node \
-    --report "$folder" --nodes "$names" --processes-per-node "$PROCESSES" --scratch "$(scratch)" \
-    --wait-s "$PREFLIGHT_WAIT" "$@" || true
-  inside python -m pretrain.preflight judge --report "$folder" --nodes "$names" --processes-per-node "$PROCESSES" \
-    --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
+  mapfile -t before < <(wrapper)
+  common=(--report "$folder" --nodes "$(nodes | head -n "$TRAIN_NODES" | paste -sd' ')" --timeout "$PREFLIGHT_WAIT")
+  say "preflight: looking at $(nodes | head -n "$TRAIN_NODES" | paste -sd' ')"
+  # A node that does not answer is found by what it does not report: nobody waits for it longer than the others take.
+  KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
+    python -m pretrain.preflight node "${common[@]}" --address "$MASTER_ADDR" --port "$MASTER_PORT" --devices "$PROCESSES" \
+    --scratch "$(scratch)" "$@" || true
+  inside python -m pretrain.preflight judge "${common[@]}" --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
   return "$status"
 }
 
 # The whole of slurm/preflight.sh: a look without training.
 preflight_job() {
+  local runs=${QSPARSE_RUNS:-$PWD/runs}
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     submit_script
     return
@@ -42,7 +42,6 @@ preflight_job() {
   TRAIN_NODES=$(nodes | wc -l) SIGNALLED=""
   node_environment
   rendezvous
-  START_DIRECTORY=${QSPARSE_RUNS:-$PWD/runs}/.preflight/$SLURM_JOB_ID
   [ -z "${QSPARSE_DATA:-}" ] || set -- --data "$QSPARSE_DATA" "$@"
-  look_at_nodes "$START_DIRECTORY" --run-directory "${QSPARSE_RUNS:-$PWD/runs}" "$@"
+  look_at_nodes "$runs/.preflight/$SLURM_JOB_ID" --run-directory "$runs" "$@"
 }

@@ -118,7 +118,7 @@ go_on() {
 submit_successor() {
   local options=() id excluded
   mapfile -t options < <(successor_options)
-  excluded=$(bad_nodes | paste -sd,)
+  excluded=$(bad_nodes)
   id=$(QSPARSE_CHAIN=$JOB_KEY timeout 60 sbatch --parsable --dependency=singleton "${options[@]}" ${excluded:+--exclude="$excluded"} \
     "$JOB_SCRIPT" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
   say "goes on in job $id"
@@ -165,13 +165,21 @@ continue_why() {
 job_requeue() { cluster_setting JobRequeue; }
 cluster_setting() { timeout 30 scontrol show config | sed -n "s/^$1 *= *//p" | head -n 1; }
 
-# Names of nodes that the look before training has found bad, one a line.
-bad_nodes() { cat "$START_DIRECTORY/preflight/bad" 2>/dev/null || true; }
+# Nodes for the next start to leave out, with commas between: those that the look before training has found bad, and those left out
+# already. Where all are bad, no node is the cause.
+bad_nodes() {
+  local bad before
+  bad=$(paste -sd, "$START_DIRECTORY/preflight/bad" 2>/dev/null || true)
+  [ -n "$bad" ] && { [ "$TRAIN_NODES" = 1 ] || [ "$(wc -l <"$START_DIRECTORY/preflight/bad")" -lt "$TRAIN_NODES" ]; } || return 0
+  before=$(job_field ExcNodeList)
+  [ "$before" = "(null)" ] || [ -z "$before" ] || bad=$before,$bad
+  echo "$bad"
+}
 
 # From a job that waits.
 exclude_bad_nodes() {
   local bad
-  bad=$(bad_nodes | paste -sd,)
+  bad=$(bad_nodes)
   [ -n "$bad" ] || return 0
   if timeout 60 scontrol update JobId="$1" ExcNodeList="$bad"; then
     say "excluded from the next start: $bad; to take them back: scontrol update JobId=$1 ExcNodeList="

@@ -25,7 +25,7 @@ def hidden(cluster: Cluster, name: str, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def slowed(cluster: Cluster, name: str, command: str, stopped_s: float = 0.045) -> Iterator[None]:
+def slowed(cluster: Cluster, name: str, command: str, stopped_s: float = 0.1) -> Iterator[None]:
     """Processes of this node with that in their command line are stopped for so long, then run for 5 ms, and so on."""
     ended = threading.Event()
     thread = threading.Thread(target=_slow_down, args=(cluster, name, command, stopped_s, ended))
@@ -41,7 +41,7 @@ def _slow_down(cluster: Cluster, name: str, command: str, stopped_s: float, ende
     found: set[psutil.Process] = set()
     looked = 0.0
     while not ended.is_set():
-        if time.monotonic() - looked > 0.5:
+        if time.monotonic() - looked > 0.05:
             looked = time.monotonic()
             with contextlib.suppress(psutil.Error):
                 below = [child for pid in cluster.steps(name) for child in psutil.Process(pid).children(recursive=True)]

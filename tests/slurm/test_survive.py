@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.job import attempts
 from tests.pretrain.finished import Finished
-from tests.slurm.jobs import flags, submit, tracked
+from tests.slurm.jobs import START_S, flags, submit, tracked
 
 WAITS_AT_5 = "0 wait 5 0"
 """Rank 0, before step 5 of the first start."""
@@ -108,7 +108,7 @@ def test_a_rank_fails(cluster, shards, database, unbroken, tmp_path, slurm_log):
 @pytest.mark.slurm
 def test_a_rank_fails_at_the_same_step_each_time(cluster, shards, database, tmp_path):
     job = start(cluster, tmp_path, shards, database, fault="1 raise 5 *")
-    found = job.wait()
+    found = job.wait(4 * START_S)
     assert found["JobState"] == "FAILED" and job.restarts() == 3, job.log
     assert "failed: 3 starts in a row ended without a new checkpoint (the newest complete one is of step 3)" in job.log
     assert [attempt.outcome for attempt in attempts.read(job.run)] == ["again", "again", "again", "failed"]
@@ -137,7 +137,7 @@ def test_goes_on_in_another_job(how, cluster, shards, database, unbroken, tmp_pa
     cluster.client("timeout", "3", "scancel", "--batch", "--signal=USR1", job.id, check=False)
     job.until_said("USR1: the training processes are to finish")
     job.go_on()
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 2 * START_S
     while cluster.client("squeue", "-h").strip():
         assert time.monotonic() < deadline, job.log
         time.sleep(0.2)

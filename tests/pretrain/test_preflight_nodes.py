@@ -1,0 +1,204 @@
+"""Nodes are processes, forked like training ranks, each with its own mounts where it is to see something else than the others."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pretrain.preflight.cli import main
+from pretrain.preflight.judge import BAD, read_reports
+from pretrain.preflight.node import _Look
+from pretrain.preflight.report import Report
+from tests.distributed import forking
+from tests.pretrain.disturbed import stopped_now_and_then
+from tests.pretrain.forked import _free_port
+
+CLONE_NEWNS = 0x00020000
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount for a single process")
+
+
+@dataclass(frozen=True)
+class Node:
+    """mounted: folder -> size in KiB of the empty file system that only this node has there."""
+
+    name: str
+    more: tuple[str, ...] = ()
+    mounted: dict[str, int] = field(default_factory=dict)
+
+
+def _examine(arguments: list[str], mounted: dict[str, int], log: str) -> None:
+    """A node's process."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    if mounted:
+        assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        for folder, size in mounted.items():
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)
+    import torch
+
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+class Job:
+    """The nodes at work. names: all there should be; `come` those that do."""
+
+    def __init__(self, folder: Path, names: list[str], come: list[Node], *more: object, timeout: int = 40, devices: int = 1):
+        self.folder, self.names, self.timeout = folder, names, timeout
+        self.reports, self.run = folder / "reports", folder / "run"
+        for path in (self.reports, self.run):
+            path.mkdir()
+        common = [
+            *("node", "--report", self.reports, "--nodes", " ".join(names), "--address", "127.0.0.1", "--port", _free_port()),
+            *("--devices", devices, "--device", "cpu", "--run-directory", self.run, "--timeout", timeout, *more),
+        ]
+        self.begun, context = time.monotonic(), forking()
+        self.processes = {
+            node.name: context.Process(
+                target=_examine,
+                args=([str(part) for part in (*common, "--node", node.name, *node.more)], node.mounted, str(folder / "log")),
+            )
+            for node in come
+        }
+
+    def __enter__(self) -> "Job":
+        for process in self.processes.values():
+            process.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+    def wait(self) -> float:
+        """Seconds until all have ended, each in order."""
+        for process in self.processes.values():
+            process.join(self.timeout + 20)
+        codes = {name: process.exitcode for name, process in self.processes.items()}
+        assert set(codes.values()) == {0}, (codes, (self.folder / "log").read_text())
+        return time.monotonic() - self.begun
+
+    def judge(self, capsys, *more: object) -> tuple[int, list[str], list[str]]:
+        """(exit status, lines, bad nodes as the file says)."""
+        arguments = ["judge", "--report", self.reports, "--nodes", " ".join(self.names), "--timeout", self.timeout, *more]
+        status = main([str(part) for part in arguments])
+        lines = capsys.readouterr().out.splitlines()
+        return status, lines, (self.reports / BAD).read_text().split()
+
+    def doing(self, name: str) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            return Report.read(self.reports, name).doing
+        return ""
+
+
+FORGIVING = ("--fraction", 0.1)
+"""These nodes share two cores with whatever else runs there."""
+
+
+def test_three_good_nodes_and_the_command_line_of_one(shards, tmp_path, capsys):
+    names = ["node1", "node2", "node3"]
+    with Job(tmp_path, names, [Node(name) for name in names], "--data", shards, devices=2) as job:
+        job.wait()
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert (status, bad) == (0, []), lines
+    assert lines[0].split()[:3] == ["node", "devices", "TFLOP/s"] and [line.split()[:2] for line in lines[1:4]] == [[n, "2"] for n in names]
+    assert lines[-1].startswith("preflight: 3 nodes, ") and ": all good | all-reduce " in lines[-1] and "| in a node " in lines[-1]
+    reports, missing = read_reports(job.reports, names)
+    assert not missing and all(report.members == names and report.done for report in reports.values())
+    assert all(set(report.pairs) == set(names) - {name} and min(report.pairs.values()) > 0 for name, report in reports.items())
+    assert len({report.manifest for report in reports.values()}) == 1 and reports["node1"].manifest
+    assert not list(job.run.iterdir()), "the probe file is gone"
+    # The real command of a single node, which meets nobody.
+    for command in ("node --node a --address a --port 1 --devices 1 --device cpu --run-directory run", "judge"):
+        arguments = [sys.executable, "-m", "pretrain.preflight", *command.split(), "--report", "reports", "--nodes", "a"]
+        done = subprocess.run(arguments, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("preflight: 1 node, ") and done.stdout.splitlines()[-1].endswith(": all good")
+
+
+@needs_root
+def test_a_missing_mount_a_full_disk_and_a_node_that_never_comes_are_each_named(shards, tmp_path, capsys):
+    """node2 does not see the shards, node3 has no room, node4 never comes; node1 is good, and nobody waits for all of the time."""
+    names = ["node1", "node2", "node3", "node4"]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    come = [Node("node1"), Node("node2", mounted={str(shards): 64}), Node("node3", mounted={str(scratch): 4096})]
+    with Job(tmp_path, names, come, "--data", shards, "--scratch", scratch, timeout=24) as job:
+        assert job.wait() < 24
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node2", "node3", "node4"], lines
+    assert lines[0].startswith(f"bad node: node2: cannot read the manifest {shards}/manifest.json ("), lines
+    assert lines[1] == f"bad node: node3: cannot write 16 MB in {scratch} (No space left on device): free space"
+    assert lines[2] == "bad node: node4: did not report within 24 s"
+    assert lines[-1].startswith("preflight: 4 nodes, ") and ": 3 bad: node2 node3 node4 | all-reduce " in lines[-1]
+    reports, _ = read_reports(job.reports, names[:3])
+    assert all(report.members == names[:3] and len(report.pairs) == 2 for report in reports.values()), "the joint checks took place"
+
+
+@needs_root
+def test_a_node_without_the_shared_directories_takes_part_and_ends_with_an_error(tmp_path, capsys):
+    names = ["node1", "node2"]
+    with Job(tmp_path, names, [Node("node1"), Node("node2", mounted={str(tmp_path): 64})]) as job:
+        for process in job.processes.values():
+            process.join(40)
+    assert job.processes["node1"].exitcode == 0 and job.processes["node2"].exitcode == 1
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node2"] and lines[0] == "bad node: node2: took part, but left no report: does it see the directory?"
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_node_that_is_slowed_from_outside_is_named(tmp_path, capsys):
+    names = ["node1", "node2", "node3"]
+    with Job(tmp_path, names, [Node(name) for name in names], timeout=60) as job:
+        _until(lambda: job.doing("node2").startswith("looking"))
+        with stopped_now_and_then(partial(os.killpg, job.processes["node2"].pid), 0.1, 0.008):
+            job.wait()
+    status, lines, bad = job.judge(capsys, "--fraction", 0.25)
+    assert status == 3 and bad == ["node2"], lines
+    assert any(
+        line.startswith("bad node: node2: CPU process 0 computes slowly: ") and " TFLOP/s, the median of all is " in line for line in lines
+    )
+    assert any(line.startswith("bad node: node2: all-reduce with node") for line in lines), "slow, or not to be measured in time"
+
+
+def test_the_death_of_a_node_among_others_costs_one_wait(tmp_path, capsys):
+    names = ["node1", "node2", "node3"]
+    with Job(tmp_path, names, [Node(name) for name in names], timeout=30) as job:
+        _until(lambda: "clocks" in job.doing("node3") or "all-reduce" in job.doing("node3"))
+        os.killpg(job.processes["node3"].pid, signal.SIGKILL)
+        job.processes.pop("node3").join()
+        assert job.wait() < 30
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node3"], lines
+    assert lines[0].startswith("bad node: node3: did not end within 30 s: last heard of ")
+
+
+def test_a_file_system_that_does_not_answer_is_told_and_left_behind(tmp_path):
+    """Opening a pipe that nobody writes to waits for ever, as a file does whose server is gone."""
+    os.mkfifo(tmp_path / "pipe")
+    look = _Look("the disk of x", lambda: (tmp_path / "pipe").read_text())
+    begun = time.monotonic()
+    look.wait(0.2)
+    assert look.problems == ["the disk of x: no answer within 0 s: is the file system gone?"] and time.monotonic() - begun < 5
+    (tmp_path / "pipe").open("w").close()
