@@ -1,21 +1,26 @@
 """Does this project compute on a cluster what it computes elsewhere? See `pretrain.acceptance`; slurm/lib/acceptance.sh calls this.
 
     python -m pretrain.acceptance data FOLDER
-    python -m pretrain.acceptance cases --nodes 2 --processes-per-node 8
+    python -m pretrain.acceptance cases --nodes 2 --processes-per-node 8 [--once-more FOLDER]
     python -m pretrain.acceptance prepare FOLDER "NAME" --nodes 2 --processes-per-node 8
     python -m pretrain.acceptance report FOLDER --nodes 2 --processes-per-node 8
 
 `cases` prints a line for each start, fields separated by tabs: name, kind, directory, nodes, processes of a node, flags of
-pretrain.train. `report` ends with status 0 where all cases fit, else 1.
+pretrain.train; with `--once-more` those that a tipped entry may have moved (pretrain.acceptance.compare). `report` ends with status 0
+where all cases fit, else 1.
 """
 
 import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_tools.arguments import Parser, named_path
 from pretrain.acceptance.cases import COMMON, KILL_AFTER, VARIANTS, Case, cases
+
+if TYPE_CHECKING:
+    from pretrain.acceptance.report import Result
 
 
 def main(args: list[str] | None = None) -> int:
@@ -24,6 +29,7 @@ def main(args: list[str] | None = None) -> int:
     data = commands.add_parser("data", help="make a small corpus, tokenizer and shards of Python's standard library")
     data.set_defaults(run=_data)
     listed = commands.add_parser("cases", help="print what is to be run")
+    listed.add_argument("--once-more", type=named_path, metavar="FOLDER", help="what has to be taken once more after all were run there")
     listed.set_defaults(run=_cases)
     prepare = commands.add_parser("prepare", help="give a case the checkpoint that it begins with")
     prepare.set_defaults(run=_prepare)
@@ -59,6 +65,8 @@ def _data(options: argparse.Namespace) -> int:
 
 def _cases(options: argparse.Namespace) -> int:
     found, left_out = cases(options.nodes * options.processes_per_node)
+    if options.once_more:
+        found, left_out = [case.once_more for case in found if _tipped(case, options.once_more)], []
     for case in found:
         nodes, per_node = _spread(case, options.nodes)
         print("\t".join([case.name, case.kind, case.run, str(nodes), str(per_node), *_flags(case)]))
@@ -72,12 +80,23 @@ def _spread(case: Case, nodes: int) -> tuple[int, int]:
     return (nodes, case.processes // nodes) if case.processes % nodes == 0 else (1, case.processes)
 
 
+def _tipped(case: Case, folder: Path) -> bool:
+    from pretrain.acceptance.compare import compare, may_have_flipped
+
+    try:
+        return any(not figure.fits for figure in compare(case, folder)) and may_have_flipped(case, folder)
+    except (OSError, ValueError, KeyError):
+        # The report says what is wrong with it.
+        return False
+
+
 def _flags(case: Case) -> list[str]:
     return [*COMMON, *VARIANTS[case.variant], "--train.precision", case.precision, *case.flags]
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    case = next(case for case in cases(options.nodes * options.processes_per_node)[0] if case.name == options.name)
+    found = cases(options.nodes * options.processes_per_node)[0]
+    case = next(case for first in found for case in (first, first.once_more) if case.name == options.name)
     if case.begins is not None:
         source, step = case.begins
         checkpoint = Path("checkpoints") / f"step_{step:08d}"
@@ -89,29 +108,39 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pretrain.acceptance.compare import compare
-    from pretrain.acceptance.report import Result, surroundings, write
+    from pretrain.acceptance.report import surroundings, write
 
     found, left_out = cases(options.nodes * options.processes_per_node)
     results = []
     for case in found:
-        logs = options.folder / "logs" / case.name
-        result = Result(case.name, case.processes, log=f"logs/{case.name}", seconds=_seconds(logs / "seconds"))
-        status = (logs / "status").read_text().strip() if (logs / "status").exists() else "missing: it was not run"
-        if case.kind == "killed":
-            if status == "0":
-                result.problem = f"it was to be killed after step {KILL_AFTER}, and was done before"
-        elif status != "0":
-            result.problem = f"training ended with status {status}" if status.isdecimal() else status
-        else:
-            try:
-                result.figures = compare(case, options.folder)
-            except (OSError, ValueError, KeyError) as error:
-                result.problem = f"cannot be compared: {error}"
+        result = _result(case, options.folder)
+        if (options.folder / "logs" / case.once_more.name).is_dir():
+            first, result = result, _result(case.once_more, options.folder)
+            result.note = f"{first.worst} in the step before: an entry that tipped over, or the layout"
         results.append(result)
     print(write(options.folder, surroundings(options.nodes, options.processes_per_node), results, left_out))
     print(options.folder / "report.md")
     return 0 if all(result.fits for result in results) else 1
+
+
+def _result(case: Case, folder: Path) -> "Result":
+    from pretrain.acceptance.compare import compare
+    from pretrain.acceptance.report import Result
+
+    logs = folder / "logs" / case.name
+    result = Result(case.name, case.processes, log=f"logs/{case.name}", seconds=_seconds(logs / "seconds"))
+    status = (logs / "status").read_text().strip() if (logs / "status").exists() else "missing: it was not run"
+    if case.kind == "killed":
+        if status == "0":
+            result.problem = f"it was to be killed after step {KILL_AFTER}, and was done before"
+    elif status != "0":
+        result.problem = f"training ended with status {status}" if status.isdecimal() else status
+    else:
+        try:
+            result.figures = compare(case, folder)
+        except (OSError, ValueError, KeyError) as error:
+            result.problem = f"cannot be compared: {error}"
+    return result
 
 
 def _seconds(path: Path) -> float | None:

@@ -1,10 +1,10 @@
 """What is run, in which order, on how many processes. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-LAST, BEFORE = 4, 3
-"""Steps of a reference; the step from whose checkpoint layouts take the last one."""
+LAST, BEFORE = 5, 3
+"""Steps of a reference; the step from whose checkpoint layouts take the next one."""
 LONG, KILL_AFTER, INTERVAL = 240, 30, 20
 """Steps of the run that is killed, when, and between its checkpoints: it must not be done before."""
 
@@ -33,6 +33,11 @@ class Case:
     @property
     def run(self) -> str:
         return self.directory or self.name
+
+    @property
+    def once_more(self) -> "Case":
+        """A layout's step behind the reference's next checkpoint."""
+        return replace(self, name=f"{self.name}, once more", begins=(self.reference, BEFORE + 1))
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _too_few(layout: Layout, processes: int) -> str:
 
 
 def _resharded(steps: tuple[str, ...]) -> list[Case]:
-    """Steps 2, 3 and 4 of a reference, each at another layout that goes on from the one before. Without BitNet losses stay equal
+    """The last steps of a reference, each at another layout that goes on from the one before. Without BitNet losses stay equal
     over several steps: rounding tips no ternary weight."""
     layouts = {layout.name: layout for layout in LAYOUTS}
     what = {"variant": "qsparse", "precision": "fp32"}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.acceptance.cases import BEFORE, LAST, LONG, Case
+from pretrain.acceptance.cases import LAST, LONG, Case
 
 EQUAL = {
     "loss, nat": 2e-6, "gradient norm, relative": 1e-5, "gradients, of the largest of each": 1e-5, "weights, of the largest of each": 1e-5,
@@ -16,6 +16,10 @@ ROUNDED = {"loss, nat": 5e-3, "gradient norm, relative": 2e-3, "gradients, one m
 TIPPED = {"loss, nat": 2e-4, "gradient norm, relative": 1e-3, "gradients, one minus the cosine": 5e-4}
 """Where matrices are divided, another order of sums tips some int8 and ternary roundings, and what follows. Ten times what CPUs have."""
 LIMITS = {"equal": EQUAL, "rounded": ROUNDED, "tipped": TIPPED}
+FLIPPED = {"loss, nat": 3e-2, "gradient norm, relative": 3e-2, "gradients, one minus the cosine": 3e-2}
+"""One entry of masks, codes or routes in 10^6 may be so near to its neighbour that the order of a sum decides, and what follows moves;
+that is the numbers' doing and not the layout's, if the next step fits. Measured on CPUs: one of 18 steps, loss off by 3.8e-3, norm by
+1.1e-2, cosine by 2.4e-3. The mistakes of tests/parallel/faults.py do not go away in the next step."""
 RESHARDED = {"loss of each step, nat": 1e-5}
 """Over three steps without BitNet."""
 
@@ -45,7 +49,14 @@ def compare(case: Case, folder: Path) -> list[Figure]:
         own, expected = losses(here, "train/loss"), losses(there, "train/loss")
         steps = range(case.begins[1] + 1, LAST + 1)
         return [Figure(what, max(abs(own[step] - expected[step]) for step in steps), limit) for what, limit in RESHARDED.items()]
-    return _one_step(here, there, LIMITS[case.near])
+    return _one_step(here, there, case.begins[1], LIMITS[case.near])
+
+
+def may_have_flipped(case: Case, folder: Path) -> bool:
+    """Whether a layout that does not fit is no farther from its reference than an entry that tips over explains. Raises as `compare`."""
+    if case.kind != "layout" or case.variant == "dense":
+        return False
+    return all(figure.fits for figure in _one_step(folder / "runs" / case.run, folder / "runs" / case.reference, case.begins[1], FLIPPED))
 
 
 def losses(run: Path, name: str) -> dict[int, float]:
@@ -58,17 +69,18 @@ def losses(run: Path, name: str) -> dict[int, float]:
     return found
 
 
-def _one_step(here: Path, there: Path, limits: dict[str, float]) -> list[Figure]:
+def _one_step(here: Path, there: Path, begin: int, limits: dict[str, float]) -> list[Figure]:
+    """Of the step behind `begin`."""
     from pretrain.checkpoint.tensors import read_tensors
 
     def step(run: Path, number: int) -> dict:
         return read_tensors(run / "checkpoints" / f"step_{number:08d}")
 
     def journaled(name: str) -> tuple[float, float]:
-        return losses(here, name)[LAST], losses(there, name)[LAST]
+        return losses(here, name)[begin + 1], losses(there, name)[begin + 1]
 
     loss, norm = journaled("train/loss"), journaled("train/grad_norm")
-    own, expected, before = step(here, LAST), step(there, LAST), step(there, BEFORE)
+    own, expected, before = step(here, begin + 1), step(there, begin + 1), step(there, begin)
     gradients = _gradients(own, before), _gradients(expected, before)
     measures: dict[str, Callable[[], float]] = {
         "loss, nat": lambda: abs(loss[0] - loss[1]),

@@ -26,6 +26,13 @@ class Result:
     """Why it was not compared, or did not do what it should."""
     seconds: float | None = None
     log: str = ""
+    note: str = ""
+
+    @property
+    def worst(self) -> str:
+        """The figure that is farthest beyond what is allowed."""
+        figure = max(self.figures, key=lambda figure: figure.value / figure.limit)
+        return f"{figure.what}: {figure.value:.2g}"
 
     @property
     def fits(self) -> bool:
@@ -89,7 +96,8 @@ def _markdown(about: dict[str, str], results: Sequence[Result], left_out: Sequen
         if result.problem:
             rows = [(result.problem.replace("|", "\\|"), "", "", f"**no** ({result.log})")]
         for number, row in enumerate(rows or [("", "", "", "ran")]):
-            first = (result.name, str(result.processes)) if number == 0 else ("", "")
+            name = f"{result.name} ({result.note})" if result.note else result.name
+            first = (name, str(result.processes)) if number == 0 else ("", "")
             lines.append("| " + " | ".join((*first, *row, seconds if number == 0 else "")) + " |")
     if left_out:
         lines += ["", "Not run:", *(f"- {name}: {reason}" for name, reason in left_out)]

@@ -20,7 +20,7 @@ STATE = {
     "optimizer.exp_avg.a": torch.tensor([0.1, 0.2]),
     "decoder.a": torch.tensor([1.0, -2.0]),
 }
-CASE = Case(name="layout", kind="layout", variant="dense", precision="fp32", processes=2, reference="reference")
+CASE = Case(name="layout", kind="layout", variant="dense", precision="fp32", processes=2, reference="reference", begins=("reference", 3))
 
 
 class TestCases:
@@ -81,22 +81,22 @@ class TestCompare:
 
     def test_a_weight_that_is_off(self, runs):
         folder, states = runs
-        states["layout", LAST]["optimizer.fp32.a"][1] += 1e-4
+        states["layout", 4]["optimizer.fp32.a"][1] += 1e-4
         assert misfits(folder) == ["weights, of the largest of each"]
 
     def test_a_gradient_that_is_off(self, runs):
         folder, states = runs
-        states["layout", LAST]["optimizer.exp_avg.a"][0] *= 1.001
+        states["layout", 4]["optimizer.exp_avg.a"][0] *= 1.001
         assert misfits(folder) == ["gradients, of the largest of each"]
 
     def test_a_number_that_is_none(self, runs):
         folder, states = runs
-        states["layout", LAST]["optimizer.fp32.a"][0] = float("nan")
+        states["layout", 4]["optimizer.fp32.a"][0] = float("nan")
         assert misfits(folder) == ["weights, of the largest of each"]
 
     def test_a_tensor_too_few(self, runs):
         folder, states = runs
-        del states["layout", LAST]["optimizer.fp32.a"]
+        del states["layout", 4]["optimizer.fp32.a"]
         with pytest.raises(ValueError, match="other tensors than in the reference"):
             compare(CASE, folder)
 
@@ -104,8 +104,62 @@ class TestCompare:
         folder, _ = runs
         path = folder / "runs" / "layout" / "metrics.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-        with pytest.raises(ValueError, match="ended at step 3"):
+        with pytest.raises(ValueError, match="ended at step 4"):
             losses(folder / "runs" / "layout", "train/loss")
+
+
+class TestOnceMore:
+    """All layouts of one process more than a reference's, each with the reference's own numbers."""
+
+    @pytest.fixture
+    def ran(self, runs, capsys):
+        folder, states = runs
+        for case in cases(2)[0]:
+            copy = folder / "runs" / case.run
+            if not copy.exists():
+                shutil.copytree(folder / "runs" / "reference", copy)
+            for step in range(1, LAST + 1):
+                states[case.run, step] = {key: value.clone() for key, value in STATE.items()}
+            self._ended(folder, case.name)
+        return folder, states
+
+    def _ended(self, folder, name: str, status: int = 0) -> None:
+        (folder / "logs" / name).mkdir(parents=True)
+        (folder / "logs" / name / "status").write_text(str(status))
+
+    def _listed(self, folder, capsys) -> list[list[str]]:
+        assert main(["cases", "--nodes", "2", "--processes-per-node", "1", "--once-more", str(folder)]) == 0
+        return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+    def test_what_fits_is_not_taken_again(self, ran, capsys):
+        assert self._listed(ran[0], capsys) == []
+
+    @pytest.mark.parametrize(("off", "expected"), [(1.01, ["moe_qsparse fp32, expert 2, once more"]), (-1.0, [])])
+    def test_what_a_tipped_entry_explains_is(self, ran, capsys, off, expected):
+        folder, states = ran
+        for name in ("moe_qsparse fp32, expert 2", "dense bf16, tensor 2"):
+            states[name, 4]["optimizer.exp_avg.a"][0] *= off
+        assert [fields[0] for fields in self._listed(folder, capsys)] == expected
+
+    @pytest.mark.parametrize("fits", [True, False])
+    def test_and_decides(self, ran, capsys, fits):
+        folder, states = ran
+        name = "moe_qsparse fp32, expert 2"
+        states[name, 4]["optimizer.exp_avg.a"][0] *= 1.01
+        more = f"{name}, once more"
+        shutil.copytree(folder / "runs" / name, folder / "runs" / more)
+        self._ended(folder, more)
+        for step in range(1, LAST + 1):
+            states[more, step] = {key: value.clone() for key, value in STATE.items()}
+        if not fits:
+            states[more, 5]["optimizer.exp_avg.a"][0] *= 1.01
+        size = ["--nodes", "2", "--processes-per-node", "1"]
+        (folder / "runs" / "moe_qsparse fp32" / "checkpoints" / "step_00000004").mkdir(parents=True)
+        assert main(["prepare", str(folder), more, *size]) == 0 and (folder / "runs" / more / "checkpoints" / "step_00000004").is_dir()
+        main(["report", str(folder), *size])
+        found = {case["name"]: case["fits"] for case in json.loads((folder / "report.json").read_text())["cases"]}
+        assert found[more] == fits and name not in found
+        assert f"| {more} (gradients, of the largest of each: " in (folder / "report.md").read_text()
 
 
 def test_the_report_says_what_does_not_fit(runs, tmp_path):
@@ -118,7 +172,7 @@ def test_the_report_says_what_does_not_fit(runs, tmp_path):
         and "- other: needs 8 processes" in text
         and "`| d, gloo | 2 | acceptance | v | 2026-01-01 |`" in text
     )
-    states["layout", LAST]["optimizer.fp32.a"][1] += 1
+    states["layout", 4]["optimizer.fp32.a"][1] += 1
     text = write(tmp_path, about, [good, Result("bad", 2, compare(CASE, folder)), Result("lost", 2, problem="was not run")], [])
     assert "**2 of 3 cases do not fit:** bad; lost" in text and "acceptance, failed" in text
     assert [case["fits"] for case in json.loads((tmp_path / "report.json").read_text())["cases"]] == [True, False, False]
