@@ -17,7 +17,7 @@ from tests.pretrain.launch import TIMEOUT_S
 
 def pytest_addoption(parser):
     parser.addoption("--invariance-table", metavar="FILE", help="write what tests/parallel/test_invariance.py measured, as markdown")
-    parser.addoption("--slurm-log", metavar="FILE", help="write how long the jobs of tests/slurm took to go on, as markdown")
+    parser.addoption("--slurm-log", metavar="FILE", help="write how long the jobs and tests of tests/slurm took, as markdown")
     parser.addoption("--kill-log", metavar="FILE", help="write what tests/pretrain/test_killed.py went through, as markdown")
 
 

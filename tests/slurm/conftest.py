@@ -25,22 +25,38 @@ def cluster(_cluster: Cluster) -> Cluster:
     return _cluster
 
 
-@pytest.fixture(scope="session")
-def _rows(pytestconfig) -> Iterator[list[str]]:
-    rows: list[str] = []
-    yield rows
-    if path := pytestconfig.getoption("--slurm-log"):
-        head = ["| what happened | from the signal to the queue, s | from the queue to the end of the next step, s | went on after step |"]
-        Path(path).write_text("\n".join([*head, "|---" * 4 + "|", *rows, ""]))
+_WENT_ON, _RAN = pytest.StashKey[list[str]](), pytest.StashKey[dict[str, list]]()
+
+
+def pytest_configure(config) -> None:
+    config.stash[_WENT_ON], config.stash[_RAN] = [], {}
+
+
+def pytest_runtest_makereport(item, call) -> None:
+    """Adds up the seconds of a test's parts."""
+    if item.nodeid.startswith("tests/slurm/"):
+        entry = item.config.stash[_RAN].setdefault(item.nodeid.split("/")[-1], [0.0, "passed"])
+        entry[0] += call.duration
+        if call.excinfo:
+            entry[1] = "skipped" if call.excinfo.errisinstance(pytest.skip.Exception) else "failed"
+
+
+def pytest_sessionfinish(session) -> None:
+    """What `--slurm-log FILE` asks for."""
+    if path := session.config.getoption("--slurm-log"):
+        lines = ["| what happened | from the signal to the queue, s | from the queue to the end of the next step, s | went on after step |"]
+        lines += ["|---" * 4 + "|", *session.config.stash[_WENT_ON], "", "| test | s | |", "|---|---|---|"]
+        lines += [f"| {name} | {seconds:.1f} | {outcome} |" for name, (seconds, outcome) in session.config.stash[_RAN].items()]
+        Path(path).write_text("\n".join([*lines, ""]))
 
 
 @pytest.fixture
-def slurm_log(_rows):
-    """Notes how long a job took to go on; written at the end where `--slurm-log FILE` asks for it."""
+def slurm_log(pytestconfig):
+    """Notes how long a job took to go on."""
 
     def note(what: str, job: Job, went_on_after: int) -> None:
         queue = f"{job.seconds_to_requeue():.1f}" if "signal" in job.times else ""
         row = (what, queue, f"{job.seconds_to_step(went_on_after + 1):.1f}", went_on_after)
-        _rows.append("| " + " | ".join(map(str, row)) + " |")
+        pytestconfig.stash[_WENT_ON].append("| " + " | ".join(map(str, row)) + " |")
 
     return note
