@@ -9,6 +9,15 @@
 # code, whatever becomes of the checkout: this file finds it, and has little else, since it is always the checkout's.
 set -euo pipefail
 
+# What the user had set, for the jobs that go on from this one: nothing that belongs to this job alone.
+mapfile -d '' -t ENVIRONMENT < <(env -0 | grep -zvE '^(SLURM_|SLURMD_|SRUN_|SBATCH_|QSPARSE_CHAIN=)' && env -0 | grep -zE '^(SLURM_CONF=|SBATCH_)')
+if [ "$JOB_SCRIPT" = "$0" ]; then
+  # By hand, to be submitted, perhaps inside of another job, whose variables mean nothing here.
+  for name in $(compgen -e | grep '^SLURM' | grep -v '^SLURM_CONF$'); do unset "$name"; done
+fi
+# Left over from a job that this one was submitted from: srun refuses both.
+[ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
+
 # The checkout, and what the script was called with.
 ORIGIN=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")
 ARGUMENTS=("$@")
@@ -37,31 +46,16 @@ elif [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
 else
   JOB_KEY=${SLURM_JOB_ID:-}
 fi
-# Where the first of them has written down its run directory.
-JOB_NOTE=${QSPARSE_RUNS:-${SLURM_SUBMIT_DIR:-$PWD}/runs}/.jobs/$JOB_KEY
+# Where the first of them has written down its run directory. Clusters that share a file system number their jobs alike.
+JOB_NOTE=${QSPARSE_RUNS:-${SLURM_SUBMIT_DIR:-$PWD}/runs}/.jobs/${SLURM_CLUSTER_NAME:-cluster}-$JOB_KEY
 
 CODE=$ORIGIN
-if [ -n "$JOB_KEY" ] && RUN_DIRECTORY=$(cat "$JOB_NOTE" 2>/dev/null) && [ -r "$RUN_DIRECTORY/code/slurm/lib/site.sh" ]; then
+# A first start has no note: one of that number is another job's, of long ago.
+if [[ $SLURM_RESTART_COUNT != 0 || -n ${QSPARSE_CHAIN:-}${SLURM_ARRAY_JOB_ID:-} ]] && RUN_DIRECTORY=$(cat "$JOB_NOTE" 2>/dev/null) && [ -r "$RUN_DIRECTORY/code/slurm/lib/all.sh" ]; then
   CODE=$RUN_DIRECTORY/code
   # That was for the first of them.
   UPDATE_CODE=""
 fi
 
-# shellcheck source=lib/site.sh
-source "$CODE/slurm/lib/site.sh"
-# shellcheck source=lib/submit.sh
-source "$CODE/slurm/lib/submit.sh"
-# shellcheck source=lib/launch.sh
-source "$CODE/slurm/lib/launch.sh"
-# shellcheck source=lib/preflight.sh
-source "$CODE/slurm/lib/preflight.sh"
-# shellcheck source=lib/survive.sh
-source "$CODE/slurm/lib/survive.sh"
-# shellcheck source=lib/pretrain.sh
-source "$CODE/slurm/lib/pretrain.sh"
-# shellcheck source=lib/tools.sh
-source "$CODE/slurm/lib/tools.sh"
-# shellcheck source=lib/acceptance.sh
-source "$CODE/slurm/lib/acceptance.sh"
-# shellcheck source=lib/tokenize.sh
-source "$CODE/slurm/lib/tokenize.sh"
+# shellcheck source=lib/all.sh
+source "$CODE/slurm/lib/all.sh"

@@ -13,7 +13,7 @@
 
 # Slurm runs a copy of this file in a folder of its own.
 JOB_SCRIPT=$0
-[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')
+[ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 source "$(dirname "$JOB_SCRIPT")/lib.sh"
 
 pretrain moe_qsparse moe_qsparse.yaml "$@"

@@ -1,6 +1,7 @@
 """RUN_DIR/slurm/attempts.jsonl: each start of the run by a Slurm job, and how it ended.
 
-One JSON object a line, appended: `begin` before the training processes start, `end` after them. A start without an end was killed.
+One JSON object a line, appended: `begin` before the training processes start, `end` after them. A start without an end was killed, and
+taken back by Slurm where its folder has the mark that slurm/lib/survive.sh leaves.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from typing import Any
 FOLDER = "slurm"
 """In the run directory: what jobs keep there."""
 NAME = "attempts.jsonl"
+PREEMPTED_NAME = "preempted"
+"""RUN_DIR/slurm/JOB.RESTART/preempted: the job was sent TERM; the end may never have been written down."""
 FORMAT_VERSION = 1
 
 
@@ -77,6 +80,9 @@ def read(run_directory: Path) -> list[Attempt]:
                 found.append(Attempt(**values))
             elif found and (found[-1].job, found[-1].restart) == (line["job"], line["restart"]):
                 found[-1] = dataclasses.replace(found[-1], **values)
+    for attempt in found:
+        if attempt.ended is None and (run_directory / FOLDER / f"{attempt.job}.{attempt.restart}" / PREEMPTED_NAME).exists():
+            attempt.preempted = True
     return found
 
 

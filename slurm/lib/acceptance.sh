@@ -64,7 +64,9 @@ kill_first_rank() {
     steps=$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)
     if [ "$steps" -gt 30 ]; then
       owner=$(cat "$run"/.owner/*.json)
-      srun --overlap --nodes=1 --ntasks=1 --nodelist="$(field host "$owner" | cut -d. -f1)" kill -KILL "$(field pid "$owner")" || true
+      # Before Slurm 22.05 a step that overlaps waits for GPUs and memory nevertheless, unless it asks for none.
+      env -u SLURM_GPUS_PER_NODE timeout 60 srun --overlap --export=ALL --gres=none --mem=0 --nodes=1 --ntasks=1 \
+        --nodelist="$(field host "$owner" | cut -d. -f1)" bash -c "kill -KILL $(field pid "$owner")" || true
       return
     fi
     sleep 0.1

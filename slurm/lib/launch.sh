@@ -5,10 +5,14 @@ nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 # Training processes of a node.
 processes() {
-  local count=${QSPARSE_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+  # Slurm 20.11 does not count them.
+  local asked=${SLURM_GPUS_PER_NODE:-} count=${QSPARSE_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+  count=${count:-${asked##*:}}
   [[ $count =~ ^[1-9][0-9]*$ ]] || die "this job has no GPUs: ask for some (--gpus-per-node), or set QSPARSE_PROCESSES_PER_NODE"
   echo "$count"
 }
+
+FLAGS=()
 
 # FLAGS: what pretrain.train is told. The user's own flags win.
 training_flags() {
@@ -72,7 +76,7 @@ rendezvous() {
   head=$(nodes | head -n 1)
   MASTER_ADDR=${MASTER_ADDR:-$(address_of "$head")}
   MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))} # below the ports that Linux gives to outgoing connections
-  if ! getent hosts "$MASTER_ADDR" >/dev/null; then
+  if ! getent ahosts "$MASTER_ADDR" >/dev/null; then
     refuse "MASTER_ADDR=$MASTER_ADDR does not resolve on $(hostname): unset it, or set it to an address of $head that all nodes know"
   fi
   export MASTER_ADDR MASTER_PORT
@@ -80,7 +84,7 @@ rendezvous() {
 
 # A node's name where it resolves, else what Slurm reaches it by.
 address_of() {
-  if getent hosts "$1" >/dev/null; then
+  if getent ahosts "$1" >/dev/null; then
     echo "$1"
   else
     scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
@@ -112,18 +116,21 @@ node_environment() {
 
 # What Slurm knows of this start, beside environment.txt and packages.txt.
 record_nodes() {
-  { scontrol show job "$(this_job)" && scontrol show node "$SLURM_JOB_NODELIST"; } >"$START_DIRECTORY/nodes.txt" || true
-  { command -v nvidia-smi >/dev/null && nvidia-smi >"$START_DIRECTORY/nvidia-smi.txt"; } || true
+  { timeout 60 scontrol show job "$(this_job)" && timeout 60 scontrol show node "$SLURM_JOB_NODELIST"; } >"$START_DIRECTORY/nodes.txt" || true
+  # Where a GPU is gone it may hang; the look at the nodes names that one.
+  { command -v nvidia-smi >/dev/null && timeout 60 nvidia-smi >"$START_DIRECTORY/nvidia-smi.txt"; } || true
 }
 
-# srun with what every step on the training nodes needs: on_nodes TASKS_PER_NODE [options] command
+# exec srun with what every step on the training nodes needs: on_nodes TASKS_PER_NODE [options] command. It takes the place of the
+# shell: run it in one of its own, which Slurm's TERM, sent to all processes of the script, then does not end before its step.
 on_nodes() {
-  local tasks=$1 bind=()
+  local tasks=$1 bind=() options=()
   shift
   # Processes choose their cores themselves; a cluster that binds nothing warns of the option.
   [[ $(cluster_setting TaskPlugin) == task/none ]] || bind=(--cpu-bind=none)
-  srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
-    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${CONTAINER[@]}" "$@"
+  mapfile -t options < <(container)
+  exec srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
+    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${options[@]}" "$@"
 }
 
 # The training processes; STEP_PID is srun's.

@@ -23,9 +23,9 @@ look_at_nodes() {
   common=(--report "$folder" --nodes "$(nodes | head -n "$TRAIN_NODES" | paste -sd' ')" --timeout "$PREFLIGHT_WAIT")
   say "preflight: looking at $(nodes | head -n "$TRAIN_NODES" | paste -sd' ')"
   # A node that does not answer is found by what it does not report: nobody waits for it longer than the others take.
-  KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
+  (KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
     python -m pretrain.preflight node "${common[@]}" --address "$MASTER_ADDR" --port "$MASTER_PORT" --devices "$PROCESSES" \
-    --scratch "$(scratch)" "$@" || true
+    --scratch "$(scratch)" "$@") || true
   inside python -m pretrain.preflight judge "${common[@]}" --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
   return "$status"
 }

@@ -17,6 +17,7 @@ run_job() {
   enter_environment
   training_flags "$name" "$config" "$@"
   say "job $SLURM_JOB_ID, start $((SLURM_RESTART_COUNT + 1)), nodes: $(nodes | paste -sd' ')"
+  continue_by
   if [ -n "${DRY_RUN:-}" ]; then
     show_plan
     exit 0

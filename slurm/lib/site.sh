@@ -3,10 +3,6 @@
 
 # Make `python` the one that training needs.
 enter_environment() {
-  CONTAINER=()
-  if [ -n "${QSPARSE_CONTAINER:-}" ]; then
-    CONTAINER=("--container-image=$QSPARSE_CONTAINER" "--container-mounts=$(mounts)" "--container-workdir=$PWD")
-  fi
   # Modules and activation scripts use variables that are not set.
   set +u
   if [ -n "${QSPARSE_SETUP:-}" ]; then
@@ -21,16 +17,40 @@ enter_environment() {
   fi
 }
 
-# The folders that a container sees, as SRC:DST with commas between.
+# The folders that a container sees, as SRC:DST with commas between: by the names they are called by, and where those lead.
 mounts() {
   local folder list=""
-  for folder in "$PWD" "$ORIGIN" "${QSPARSE_DATA:-}" "${QSPARSE_RUNS:-}" "$(scratch)"; do
-    [ -n "$folder" ] && [ -e "$folder" ] && list+="$(realpath "$folder"):$(realpath "$folder"),"
-  done
+  local -A seen=()
+  while read -r folder; do
+    [ -e "$folder" ] || continue
+    for folder in "$folder" "$(realpath "$folder")"; do
+      [ -z "${seen[$folder]:-}" ] || continue
+      seen[$folder]=1
+      list+="$folder:$folder,"
+    done
+  done < <(seen_folders)
   echo "${list%,}${QSPARSE_MOUNTS:+,$QSPARSE_MOUNTS}"
 }
 
-# What stands before a command so that it runs in the environment of training.
+# One a line. What is written to must be there before it is mounted: else it would be written into the container.
+seen_folders() {
+  local output
+  output=$(flag output_dir)
+  output=$(absolute "${output:+$(dirname "$output")}")
+  mkdir -p ${QSPARSE_RUNS:+"$QSPARSE_RUNS"} ${output:+"$output"}
+  printf '%s\n' "$PWD" "$ORIGIN" "$CODE" "${QSPARSE_DATA:-}" "${QSPARSE_RUNS:-}" "$(scratch)" "$output" \
+    "$(absolute "$(flag data.path)")" "$(absolute "$(flag config)")"
+}
+
+absolute() { [[ -z $1 || $1 == /* ]] && echo "$1" || echo "$PWD/$1"; }
+
+# What srun is told for a step in that environment, where it is a container of Slurm's; one option a line.
+container() {
+  [ -z "${QSPARSE_CONTAINER:-}" ] ||
+    printf '%s\n' "--container-image=$QSPARSE_CONTAINER" "--container-mounts=$(mounts)" "--container-workdir=$PWD"
+}
+
+# What stands before a command so that it runs in the environment of training; one word a line.
 wrapper() {
   [ -z "${QSPARSE_APPTAINER:-}" ] || printf '%s\n' apptainer exec --nv --bind "$(mounts)" "$QSPARSE_APPTAINER"
 }
@@ -38,11 +58,29 @@ wrapper() {
 # Run a command in that environment, on this node.
 inside() {
   local before=()
-  mapfile -t before < <(wrapper)
-  if [ ${#CONTAINER[@]} -gt 0 ]; then
-    before=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --quiet "${CONTAINER[@]}")
-  fi
+  inside_words
   PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" "${before[@]}" "$@"
+}
+
+# The same instead of this shell: signals for a command in the background are its own.
+inside_exec() {
+  local before=()
+  inside_words
+  export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  exec "${before[@]}" "$@"
+}
+
+# Sets `before`.
+inside_words() {
+  # Outside of a job there is no container: the dry run takes what Python it finds.
+  [ -z "${SLURM_JOB_ID:-}" ] || mapfile -t before < <(container)
+  if [ ${#before[@]} -gt 0 ]; then
+    # A late USR1 for the training processes reaches all steps of the job.
+    before=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --quiet --export=ALL "${before[@]}"
+      bash -c 'trap "" USR1; exec "$@"' -)
+  else
+    mapfile -t before < <(wrapper)
+  fi
 }
 
 scratch() { echo "${QSPARSE_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}"; }

@@ -7,7 +7,8 @@ submit() {
   shift 2
   [ -n "${DRY_RUN:-}" ] || submit_script
   show_submission
-  echo "goes on by CONTINUE=$(continue_by) ($(continue_why))"
+  continue_by
+  echo "goes on by CONTINUE=$CONTINUE_BY ($(continue_why))"
   enter_environment
   training_flags "$name" "$config" "$@"
   show_run || status=$?
@@ -36,17 +37,23 @@ show_submission() {
 show_run() {
   local nodes devices status=0
   nodes=$(requested nodes) devices=${QSPARSE_PROCESSES_PER_NODE:-$(requested gpus-per-node)}
+  devices=${devices##*:}
   echo
+  if ! command -v python >/dev/null; then
+    echo "no plan: there is no python on $(hostname) outside of the container. Inside of a job: DRY_RUN=1 sbatch $JOB_SCRIPT ..."
+    return
+  fi
   echo "the plan, $nodes nodes of $devices processes"
   inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes##*-} * devices)) || status=$?
   echo
   return "$status"
 }
 
-# What sbatch would take for an option: QSPARSE_SBATCH's, else the script's.
+# What sbatch would take for a long option: QSPARSE_SBATCH's, else the script's. Its value may follow behind a blank, and --nodes is -N too.
 requested() {
   local value
-  value=$({ grep "^#SBATCH " "$JOB_SCRIPT" | cut -d' ' -f2 && tr ' ' '\n' <<<"${QSPARSE_SBATCH:-}"; } | sed -n "s/^--$1=//p" | tail -n 1)
+  value=$({ grep "^#SBATCH " "$JOB_SCRIPT" | cut -d' ' -f2 && echo "${QSPARSE_SBATCH:-}"; } |
+    sed -E 's/(^| )-N *([0-9])/\1--nodes=\2/; s/(--[a-z-]+) +([^- ])/\1=\2/g' | tr ' ' '\n' | sed -n "s/^--$1=//p" | tail -n 1)
   echo "${value:-1}"
 }
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Inside of a job: signals, and what comes after the training processes have ended.
 
-SIGNALLED="" STEP_PID="" SENDER=""
+SIGNALLED="" STEP_PID="" SENDER="" REQUEUED=""
 
 # This job for Slurm's clients: an element of an array by that name, since the number of one element is the whole array's.
 this_job() {
@@ -22,16 +22,31 @@ on_signal() {
   [ "$SIGNALLED" = TERM ] || SIGNALLED=$1
   say "$1: the training processes are to finish their step, save and end"
   [ -z "$STEP_PID" ] || [ -n "$SENDER" ] || send_signal
+  [ "$1" != TERM ] || go_on_at_once
+}
+
+# Slurm ends this script soon, perhaps before training has ended: what must not be lost is done now.
+go_on_at_once() {
+  # For the next start: this one's end may never be written down.
+  [ -z "${START_DIRECTORY:-}" ] || touch "$START_DIRECTORY/preempted" || true
+  case $(fate) in
+    timeout | preempted | lost)
+      if [ -z "$REQUEUED" ] && [ "$CONTINUE_BY" = requeue ] && timeout 20 scontrol requeue "$(this_job)"; then REQUEUED=1; fi
+      ;;
+  esac
 }
 
 # To the processes of the steps, not to this script; again and again, since one that only starts does not listen yet. It ends with the
-# step: a signal that is late must not reach the job's next start.
+# step: a signal that is late must not reach what follows.
 send_signal() {
   (
+    trap 'kill "$!" 2>/dev/null; exit' TERM
     while kill -0 "$STEP_PID" 2>/dev/null; do
       # To an element of an array some versions send it again and again, without end.
-      timeout 5 scancel --signal=USR1 "$(this_job)" || true
-      sleep 10
+      timeout 5 scancel --signal=USR1 "$(this_job)" &
+      wait "$!" || true
+      sleep 10 &
+      wait "$!" || true
     done
   ) &
   SENDER=$!
@@ -47,17 +62,25 @@ train() {
     while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID" || true; done
     wait "$STEP_PID" || status=$?
   fi
-  [ -z "$SENDER" ] || kill "$SENDER" 2>/dev/null || true
+  end_process "$SENDER"
   after_training "$status"
 }
 
 # after_training STATUS [WHY]: WHY training was not even begun.
 after_training() {
-  local status=$1 why=${2:-} answer cancelled=""
-  [ "$SIGNALLED" != TERM ] || [ "$(job_state)" != CANCELLED ] || cancelled=1
+  local status=$1 why=${2:-} fate="" answer failed=0 cancelled=""
+  # With a grace time Slurm signals the training processes alone.
+  [ -n "$SIGNALLED" ] || [[ $(job_field PreemptTime) =~ ^(None)?$ ]] || SIGNALLED=TERM
+  [ "$SIGNALLED" != TERM ] || fate=$(fate)
+  [ "$fate" != cancelled ] || cancelled=1
   answer=$(inside python -m pretrain.job end --job "$SLURM_JOB_ID" --restart "$SLURM_RESTART_COUNT" --chain "$JOB_KEY" \
-    --tries "${QSPARSE_TRIES:-3}" --status "$status" ${SIGNALLED:+--signal "$SIGNALLED"} ${cancelled:+--cancelled} ${why:+--reason "$why"} \
-    -- "${FLAGS[@]}") || leave $?
+    --tries "${QSPARSE_TRIES:-3}" --status "$status" ${SIGNALLED:+--signal "$SIGNALLED"} ${cancelled:+--cancelled} \
+    ${why:+--reason "$why"} -- "${FLAGS[@]}") || failed=$?
+  if [ "$failed" != 0 ]; then
+    # In a job that Slurm is ending no step begins, and a container is one.
+    if [ "$SIGNALLED" != TERM ] || [ -n "$cancelled" ]; then leave "$failed"; fi
+    answer="OUTCOME=again REASON='TERM came'"
+  fi
   eval "$answer"
   say "$OUTCOME: $REASON"
   case $OUTCOME in
@@ -66,9 +89,28 @@ after_training() {
     again)
       # Nobody is told of what failed where it is not tried again.
       [ -z "$why" ] || status=1
-      go_on "$status"
+      go_on "$status" "$fate"
       ;;
   esac
+}
+
+# What Slurm has made of this job, which was sent TERM. Its state says nothing more than COMPLETING then.
+fate() {
+  local shown
+  shown=$(timeout 30 scontrol -o show job "$(this_job)" | tr ' ' '\n')
+  if [ "$(sed -n 's/^Restarts=//p' <<<"$shown" | head -n 1)" -gt "$SLURM_RESTART_COUNT" ] 2>/dev/null; then
+    echo requeued
+  elif grep -q '^JobState=RUNNING$' <<<"$shown"; then
+    echo running
+  elif grep -q '^Reason=TimeLimit$' <<<"$shown"; then
+    echo timeout
+  elif grep -qE '^PreemptTime=[0-9]' <<<"$shown"; then
+    echo preempted
+  elif grep -qE '^Reason=(NodeDown|NodeFail)' <<<"$shown"; then
+    echo lost
+  else
+    echo cancelled
+  fi
 }
 
 # End without a further start.
@@ -86,14 +128,17 @@ refuse() {
   leave 2
 }
 
-# The run starts once more.
+# Exit status of a job whose run is neither finished nor goes on by itself (EX_TEMPFAIL): --dependency=afterok must not take it for done.
+UNFINISHED=75
+
+# The run starts once more. go_on STATUS FATE
 go_on() {
-  local status=$1
-  if [ "$SIGNALLED" = TERM ] && ! [[ $(job_state) =~ ^(PREEMPTED|TIMEOUT|NODE_FAIL|RUNNING)$ ]]; then
+  local status=$1 fate=$2
+  if [ "$fate" = requeued ] || [ -n "$REQUEUED" ]; then
     say "Slurm has put the job back into the queue"
     exit 0
   fi
-  case $(continue_by) in
+  case $CONTINUE_BY in
     requeue)
       say "goes on in this job: scontrol requeue $(this_job)"
       # It sends TERM to this script at once.
@@ -102,25 +147,31 @@ go_on() {
       exclude_bad_nodes "$(this_job)"
       ;;
     array)
+      if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MAX" ]; then
+        say "this was the last element of array $SLURM_ARRAY_JOB_ID: submit the job again to go on"
+        exit $((status ? status : UNFINISHED))
+      fi
       say "goes on in the next element of array $SLURM_ARRAY_JOB_ID"
       exclude_bad_nodes "$SLURM_ARRAY_JOB_ID"
       ;;
     singleton) submit_successor ;;
     none)
       say "CONTINUE=none: submit the job again to go on"
-      exit "$status"
+      exit $((status ? status : UNFINISHED))
       ;;
   esac
   exit 0
 }
 
-# The same job once more, which waits until this one has ended.
+# The same job once more, which waits until this one has ended, with the environment that the first was submitted with.
 submit_successor() {
-  local options=() id excluded
+  local options=() more=() id excluded
   mapfile -t options < <(successor_options)
+  read -ra more <<<"${QSPARSE_SBATCH:-}"
   excluded=$(bad_nodes)
-  id=$(QSPARSE_CHAIN=$JOB_KEY timeout 60 sbatch --parsable --dependency=singleton "${options[@]}" ${excluded:+--exclude="$excluded"} \
-    "$JOB_SCRIPT" "${ARGUMENTS[@]}") || { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
+  id=$(timeout 60 env -i "${ENVIRONMENT[@]}" "QSPARSE_CHAIN=$JOB_KEY" sbatch --parsable "--dependency=afterany:$SLURM_JOB_ID" \
+    "${options[@]}" "${more[@]}" ${excluded:+--exclude="$excluded"} "$JOB_SCRIPT" "${ARGUMENTS[@]}") ||
+    { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
   say "goes on in job $id"
 }
 
@@ -130,27 +181,48 @@ successor_options() {
   [ -z "${SLURM_JOB_ACCOUNT:-}" ] || echo "--account=$SLURM_JOB_ACCOUNT"
   [ -z "${SLURM_JOB_QOS:-}" ] || echo "--qos=$SLURM_JOB_QOS"
   [ -z "${SLURM_GPUS_PER_NODE:-}" ] || echo "--gpus-per-node=$SLURM_GPUS_PER_NODE"
-  echo "--output=$(job_field StdOut)"
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || echo "--cpus-per-task=$SLURM_CPUS_PER_TASK"
+  option constraint Features
+  option reservation Reservation
+  option exclude ExcNodeList
+  option output StdOut
 }
 
-job_state() { job_field JobState; }
-job_field() { timeout 30 scontrol -o show job "$(this_job)" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+# option NAME FIELD: where the job has it.
+option() {
+  local value
+  value=$(job_field "$2")
+  [ -z "$value" ] || [ "$value" = "(null)" ] || echo "--$1=$value"
+}
 
-# requeue, array, singleton or none.
+# A path with blanks is a line's rest.
+job_field() { timeout 30 scontrol show job "$(this_job)" | sed -n "/\(^\| \)$1=/{s/.*\(^\| \)$1=//;/^\//!s/ .*//;p;q}"; }
+
+# Sets CONTINUE_BY: requeue, array, singleton or none. Asked first of all: after days of training it would be too late to refuse.
 continue_by() {
-  local chosen=${CONTINUE:-}
-  case $chosen in
-    requeue | array | singleton | none) echo "$chosen" ;;
+  local in_array=""
+  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || in_array=1
+  case ${CONTINUE:-} in
+    requeue | none) CONTINUE_BY=$CONTINUE ;;
+    array)
+      [ -n "$in_array$([ -n "${SLURM_JOB_ID:-}" ] || echo outside)" ] || refuse "CONTINUE=array: this job has no further elements, submit it with --array=1-20%1"
+      CONTINUE_BY=array
+      ;;
+    singleton)
+      [ -z "$in_array" ] || refuse "CONTINUE=singleton: an element of an array has no successor, use requeue or array"
+      CONTINUE_BY=singleton
+      ;;
     "")
-      if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && [ -z "${SWEEP:-}" ]; then
-        echo array
-      elif [ "$(job_requeue)" = 0 ]; then
-        echo singleton
+      if [ -n "$in_array" ] && [ -z "${SWEEP:-}" ]; then
+        CONTINUE_BY=array
+      elif [ -n "${SWEEP:-}" ] || [ "$(job_requeue)" != 0 ]; then
+        # The scripts ask for it (#SBATCH --requeue).
+        CONTINUE_BY=requeue
       else
-        echo requeue
+        CONTINUE_BY=singleton
       fi
       ;;
-    *) refuse "CONTINUE=$chosen does not exist: use requeue, array, singleton or none" ;;
+    *) refuse "CONTINUE=$CONTINUE does not exist: use requeue, array, singleton or none" ;;
   esac
 }
 

@@ -51,13 +51,16 @@ class Job:
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), f"{found}\n{self.log}"
         return self.log
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = START_S) -> None:
-        """Raises TimeoutError, or AssertionError where the job ends before."""
+    def until(self, condition: Callable[[], object], what: str, timeout: float = START_S, ended: bool = False) -> None:
+        """Raises TimeoutError, or AssertionError where the job ends before.
+
+        ended: it may be at its end by what Slurm says, while its processes still are at work.
+        """
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not after {timeout} s\n{self.log}\n{self.cluster.logs()}")
-            assert self.cluster.job(self.id)["JobState"] not in ENDED, f"{what}: ended before\n{self.log}"
+            assert ended or self.cluster.job(self.id)["JobState"] not in ENDED, f"{what}: ended before\n{self.log}"
             time.sleep(0.1)
         self.times[what] = time.time()
 

@@ -53,6 +53,18 @@ def test_an_address_that_does_not_resolve(refused):
     assert found.startswith("MASTER_ADDR=no-such-host does not resolve on node1")
 
 
+@pytest.mark.parametrize(
+    ("env", "options", "told"),
+    [
+        ({"CONTINUE": "requeu"}, ("--nodes=2",), "CONTINUE=requeu does not exist: use requeue, array, singleton or none"),
+        ({"CONTINUE": "array"}, ("--nodes=2",), "CONTINUE=array: this job has no further elements, submit it with --array=1-20%1"),
+    ],
+)
+def test_a_way_to_go_on_that_there_is_not(env, options, told, refused):
+    """Said at once, not after days of training."""
+    assert errors(refused(env=env, options=options)) == [told]
+
+
 @pytest.mark.slurm
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 def test_a_full_disk(cluster, shards, tmp_path):

@@ -73,7 +73,9 @@ def test_the_way_to_go_on_is_chosen_from_the_cluster(tmp_path):
     if reason := module.missing():
         pytest.skip(reason)
     with Cluster(nodes=1, settings="JobRequeue=0") as cluster:
-        said = cluster.client("bash", "-c", f"source {SCRIPTS}/lib.sh; echo $(continue_by): $(continue_why)", cwd=tmp_path)
+        said = cluster.client(
+            "bash", "-c", f"JOB_SCRIPT=; source {SCRIPTS}/lib.sh; continue_by; echo $CONTINUE_BY: $(continue_why)", cwd=tmp_path
+        )
     assert said.strip() == "singleton: this cluster has JobRequeue=0"
 
 

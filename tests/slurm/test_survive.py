@@ -64,6 +64,33 @@ def test_preempted(cluster, shards, database, unbroken, tmp_path, slurm_log):
 
 
 @pytest.mark.slurm
+def test_preempted_where_preemption_cancels(cluster, shards, database, unbroken, tmp_path):
+    job = start(cluster, tmp_path, shards, database, options=("--nodes=2", "--partition=cheap"))
+    job.until_waiting()
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "-o", "/dev/null", "--wrap", "srun true", cwd=tmp_path)
+    job.until_said("TERM: the training processes are to finish")
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    assert cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+
+
+@pytest.mark.slurm
+def test_cancelled(cluster, shards, database, tmp_path):
+    """By its user: it saves, and does not go on."""
+    job = start(cluster, tmp_path, shards, database)
+    job.until_waiting()
+    job.signal()
+    job.until(lambda: "TERM: the training processes are to finish" in job.log, "told", ended=True)
+    job.go_on()
+    assert job.wait()["JobState"] == "CANCELLED"
+    (only,) = attempts.read(job.run)
+    assert (only.outcome, only.ended_step, only.preempted) == ("stopped", 5, True) and job.restarts() == 0
+    assert "stopped: the job was cancelled; TERM came; the newest complete checkpoint is of step 5" in job.log
+
+
+@pytest.mark.slurm
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_a_node_dies(moment, cluster, shards, database, unbroken, tmp_path, slurm_log):
     # Rank 1, on the second node; the save is that after step 3.
@@ -92,6 +119,18 @@ def test_time_limit(cluster, shards, database, unbroken, tmp_path, slurm_log):
     assert "going on after step 5" in job.finish()
     assert Finished.read(tmp_path).differences(unbroken) == []
     slurm_log("time limit near", job, went_on_after=5)
+
+
+@pytest.mark.slurm
+def test_at_the_time_limit_itself(cluster, shards, database, unbroken, tmp_path):
+    """The signal before was lost, or the step and the save took longer than was left."""
+    job = start(cluster, tmp_path, shards, database, options=("--nodes=2", "--time=1", "--signal=B:CONT@5"))
+    job.until_waiting()
+    job.until_said("TERM: the training processes are to finish", timeout=100)
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
 
 
 @pytest.mark.slurm
@@ -130,7 +169,9 @@ def test_srun_starts_every_rank(cluster, shards, database, unbroken, tmp_path):
 @pytest.mark.parametrize("how", ["array", "singleton"])
 def test_goes_on_in_another_job(how, cluster, shards, database, unbroken, tmp_path):
     options = ("--nodes=2", *(["--array=1-3%1"] if how == "array" else []))
-    job = start(cluster, tmp_path, shards, database, options=options, env={"CONTINUE": how} if how == "singleton" else {})
+    # The successor begins on another node.
+    env = {"CONTINUE": how, "QSPARSE_SBATCH": "--exclude=node1"} if how == "singleton" else {}
+    job = start(cluster, tmp_path, shards, database, options=options, env=env)
     job.until_waiting()
     # To an element of an array scancel sends a signal again and again, and waits for long.
     job.id = cluster.client("squeue", "-h", "-t", "RUNNING", "-o", "%A").strip()
@@ -145,3 +186,4 @@ def test_goes_on_in_another_job(how, cluster, shards, database, unbroken, tmp_pa
     assert Finished.read(tmp_path).differences(unbroken) == []
     starts = attempts.read(job.run)
     assert [(start.restart, start.chain) for start in starts] == [(0, starts[0].chain)] * 2 and starts[0].job != starts[1].job
+    assert how == "array" or starts[1].nodes == ["node2", "node3"]

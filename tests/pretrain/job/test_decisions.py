@@ -59,6 +59,15 @@ class TestStartsWithoutProgress:
     def test_preemption_does_not(self):
         assert decide.starts_without_progress([attempt(preempted=True)] * 5 + [attempt()], "1", 0) == 1
 
+    def test_a_start_that_was_sent_term_and_never_ended_was_preempted(self, tmp_path):
+        attempts.begin(tmp_path, attempt(job="7"))
+        assert not attempts.read(tmp_path)[0].preempted
+        (tmp_path / attempts.FOLDER / "7.0").mkdir()
+        (tmp_path / attempts.FOLDER / "7.0" / attempts.PREEMPTED_NAME).touch()
+        assert attempts.read(tmp_path)[0].preempted
+        attempts.end(tmp_path, attempt(job="7", ended=1.0, outcome="again"))
+        assert not attempts.read(tmp_path)[0].preempted
+
     def test_the_bound(self):
         assert decide.give_up(2, 3, 7) is None
         assert "the newest complete one is of step 7" in decide.give_up(3, 3, 7)
