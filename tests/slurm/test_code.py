@@ -8,7 +8,7 @@ from tests.slurm.jobs import ROOT, flags, submit
 
 @pytest.mark.slurm
 def test_a_checkout_that_is_edited_meanwhile(cluster, shards, tmp_path):
-    checkout = take(ROOT, tmp_path / "home").path
+    checkout = take(ROOT, tmp_path / "a home").path
     given = flags(tmp_path, shards, "--tracking.enabled", "false", "--train.steps", 8)
     script = checkout / "slurm" / "pretrain_7b_qsparse.sh"
     job = submit(cluster, tmp_path, *given, script=script, env={"TEST_FAULT": "0 wait 5 0", "UPDATE_CODE": "1"})

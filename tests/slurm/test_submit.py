@@ -46,6 +46,8 @@ def test_a_cluster_that_cannot_take_it_says_so(large, tmp_path):
 def test_dry_run_of_the_7b_plan(nodes, large, shards, tmp_path):
     env = {"DRY_RUN": "1", "QSPARSE_SBATCH": f"--nodes={nodes} --time=12:00:00", "QSPARSE_DATA": str(shards)}
     env |= {"QSPARSE_SETUP": environment(tmp_path)["QSPARSE_SETUP"], "QSPARSE_RUNS": str(tmp_path / "runs")}
+    # By hand in an interactive job: its variables mean nothing.
+    env |= {"SLURM_JOB_ID": "999", "SLURM_JOB_NODELIST": "elsewhere", "SLURM_RESTART_COUNT": "3"}
     script = SCRIPTS / "pretrain_7b_qsparse.sh"
     # Data for a test hold no batch of a 7B model.
     small = ["--train.global_batch_size", 256, "--data.sequence_length", 8, "--validation.samples", 256]
@@ -77,6 +79,16 @@ def test_the_way_to_go_on_is_chosen_from_the_cluster(tmp_path):
             "bash", "-c", f"JOB_SCRIPT=; source {SCRIPTS}/lib.sh; continue_by; echo $CONTINUE_BY: $(continue_why)", cwd=tmp_path
         )
     assert said.strip() == "singleton: this cluster has JobRequeue=0"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", "8 8"), ("--nodes=2-4", "2-4 8"), ("-N 16 --time 1", "16 8"), ("--gpus-per-node h100:4 --nodes 3", "3 h100:4")],
+)
+def test_what_is_asked_for_is_read_as_sbatch_does(options, expected):
+    command = f"JOB_SCRIPT={SCRIPTS}/pretrain_7b_qsparse.sh; source {SCRIPTS}/lib.sh; echo $(requested nodes) $(requested gpus-per-node)"
+    env = {"PATH": "/usr/bin:/bin", "QSPARSE_SBATCH": options}
+    assert subprocess.run(["bash", "-c", command], env=env, text=True, capture_output=True, check=True).stdout.strip() == expected
 
 
 def test_without_a_cluster_it_is_told(tmp_path):
