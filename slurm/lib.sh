@@ -11,10 +11,6 @@ set -euo pipefail
 
 # What the user had set, for the jobs that go on from this one: nothing that belongs to this job alone.
 mapfile -d '' -t ENVIRONMENT < <(env -0 | grep -zvE '^(SLURM_|SLURMD_|SRUN_|SBATCH_|QSPARSE_CHAIN=)' && env -0 | grep -zE '^(SLURM_CONF=|SBATCH_)')
-if [ "$JOB_SCRIPT" = "$0" ]; then
-  # By hand, to be submitted, perhaps inside of another job, whose variables mean nothing here.
-  for name in $(compgen -e | grep '^SLURM' | grep -v '^SLURM_CONF$'); do unset "$name"; done
-fi
 # Left over from a job that this one was submitted from: srun refuses both.
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
 

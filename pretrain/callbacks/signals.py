@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import notify
-from pretrain.callbacks.switches import SAVE, STOP, Switches
+from pretrain.callbacks.switches import END, SAVE, STOP, Switches
 from pretrain.run_directory import SAVE_NAME, STOP_NAME
 from pretrain.trainer import Callback, StepReport, Trainer
 from pretrain.watchdog import Watchdog
@@ -90,8 +90,8 @@ class StopOnSignal(Callback):
         number, switch = self.asked.tolist()
         if trainer.finished:
             return
-        if number:
-            trainer.request_stop(signal.Signals(number).name)
+        if number or switch == END:
+            trainer.request_stop(signal.Signals(number or signal.SIGUSR1).name)
         elif switch == STOP:
             trainer.request_stop(f"{STOP_NAME} is there")
         elif switch == SAVE:

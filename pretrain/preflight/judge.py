@@ -94,7 +94,7 @@ def _unreached(reports: dict[str, Report], nodes: list[str], found: dict[str, li
     told = {node: report.unreached for node, report in reports.items() if report.unreached}
     if nodes[0] in told:
         return {nodes[0]: [told[nodes[0]]]}
-    if found[nodes[0]] and nodes[0] not in reports:
+    if found[nodes[0]] and (nodes[0] not in reports or not reports[nodes[0]].done):
         return {}
     others = [node for node in reports if node != nodes[0]]
     if len(others) > 1 and len(told) == len(others):

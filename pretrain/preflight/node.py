@@ -223,8 +223,9 @@ class _Look:
     def _run(self) -> None:
         try:
             self.value = self._action()
-        except (ValueError, OSError) as error:
-            self.problems.append(str(error))
+        except Exception as error:
+            # Whatever it is: what could not be looked at is not good.
+            self.problems.append(str(error) or type(error).__name__)
 
     def wait(self, limit_s: float) -> None:
         self._thread.join(limit_s)

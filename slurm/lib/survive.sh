@@ -21,6 +21,8 @@ watch_signals() {
 on_signal() {
   [ "$SIGNALLED" = TERM ] || SIGNALLED=$1
   say "$1: the training processes are to finish their step, save and end"
+  # Where Slurm follows processes by cgroups its signals reach torchrun alone: rank 0 finds this file, the others hear it from there.
+  [ -z "${START_DIRECTORY:-}" ] || touch "$START_DIRECTORY/signalled" || true
   [ -z "$STEP_PID" ] || [ -n "$SENDER" ] || send_signal
   [ "$1" != TERM ] || go_on_at_once
 }

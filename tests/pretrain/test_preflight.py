@@ -59,6 +59,7 @@ def test_with_two_nodes_what_each_does_alone_decides_and_else_both_are_named():
 def test_who_is_at_fault_where_the_others_are_not_met():
     gone = {"unreached": "cannot reach a at a:1 (x)", "members": []}
     assert set(_judged([_report("b", **gone), _report("c", **gone)], missing={"a": "did not report"})) == {"a"}
+    assert set(_judged([_report("a", done=False, doing="importing torch"), _report("b", **gone)])) == {"a"}
     assert set(_judged([_report("a"), _report("b"), _report("c", **gone)])) == {"c"}
     assert _judged([_report("a"), _report("b", **gone), _report("c", **gone)]) == {"a": ["no other node met it: cannot reach a at a:1 (x)"]}
     assert set(_judged([_report("a", unreached="cannot listen at port 1 (in use)"), _report("b", **gone)])) == {"a"}

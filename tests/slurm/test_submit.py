@@ -46,8 +46,6 @@ def test_a_cluster_that_cannot_take_it_says_so(large, tmp_path):
 def test_dry_run_of_the_7b_plan(nodes, large, shards, tmp_path):
     env = {"DRY_RUN": "1", "QSPARSE_SBATCH": f"--nodes={nodes} --time=12:00:00", "QSPARSE_DATA": str(shards)}
     env |= {"QSPARSE_SETUP": environment(tmp_path)["QSPARSE_SETUP"], "QSPARSE_RUNS": str(tmp_path / "runs")}
-    # By hand in an interactive job: its variables mean nothing.
-    env |= {"SLURM_JOB_ID": "999", "SLURM_JOB_NODELIST": "elsewhere", "SLURM_RESTART_COUNT": "3"}
     script = SCRIPTS / "pretrain_7b_qsparse.sh"
     # Data for a test hold no batch of a 7B model.
     small = ["--train.global_batch_size", 256, "--data.sequence_length", 8, "--validation.samples", 256]
@@ -75,9 +73,7 @@ def test_the_way_to_go_on_is_chosen_from_the_cluster(tmp_path):
     if reason := module.missing():
         pytest.skip(reason)
     with Cluster(nodes=1, settings="JobRequeue=0") as cluster:
-        said = cluster.client(
-            "bash", "-c", f"JOB_SCRIPT=; source {SCRIPTS}/lib.sh; continue_by; echo $CONTINUE_BY: $(continue_why)", cwd=tmp_path
-        )
+        said = cluster.client("bash", "-c", f"source {SCRIPTS}/lib.sh; continue_by; echo $CONTINUE_BY: $(continue_why)", cwd=tmp_path)
     assert said.strip() == "singleton: this cluster has JobRequeue=0"
 
 
