@@ -66,15 +66,19 @@ class Meeting:
         came = {node: int(self._store.get(key)) for node, key in keys.items() if self._store.check([key])}
         self._store.set("members", json.dumps(came))
 
-    def wait_for_others(self, place: str, limit_s: float) -> None:
-        """Until all that are present are at `place`; who is not there in time is not present any more. Raises Unreached."""
+    def wait_for_others(self, place: str, limit_s: float, word: str = "here") -> dict[str, str]:
+        """Until all that are present are at `place`; who is not there in time is not present any more. Raises Unreached.
+
+        Returns the word that each of those still present has left there.
+        """
         keys = {node: f"{place}/{node}" for node in self.present}
         try:
-            self._store.set(keys[self.node], "1")
+            self._store.set(keys[self.node], word)
             try:
                 self._store.wait(list(keys.values()), timedelta(seconds=limit_s))
             except RuntimeError:
                 self.present = [node for node, key in keys.items() if self._store.check([key])]
+            return {node: self._store.get(keys[node]).decode() for node in self.present}
         except RuntimeError as error:
             raise Unreached(f"{self.nodes[0]} does not answer any more ({first_line(error)})") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.preflight import files, health
-from pretrain.preflight.meeting import Meeting, Unreached, rounds
+from pretrain.preflight.meeting import MARGIN_S, Meeting, Unreached, rounds
 from pretrain.preflight.report import Report, this_start
 from pretrain.preflight.workers import Workers
 
@@ -20,6 +20,10 @@ ALONE, ARRIVAL = 0.35, 0.5
 """Of the time there is: for what a node looks at alone, and until when the first one waits for the others."""
 PHASE, SHORTEST_PHASE_S, LONGEST_PHASE_S = 0.08, 3.0, 20.0
 """Of it, for one measurement with others."""
+ABORT_S = 2.0
+"""For a process to notice that the time of a collective is over; then it is killed."""
+SPARES = 3
+"""Sets of processes, idle until another set has lost some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,10 @@ class _Examination:
         self.report = Report(node=settings.node, start=this_start(), timeout_s=settings.timeout_s)
         self._enter("importing torch")
         self.workers = Workers(settings.devices)
+        # Whoever lacks its partner may hang in NCCL and has to be killed, which is not its own node's fault.
+        self._spare = [Workers(settings.devices) for _ in range(SPARES)] if len(settings.nodes) > 1 else []
+        self._fit: list[int] = []
+        """Devices that have passed what a node looks at alone."""
         self.imported = time.monotonic()
         self._looking: list[_Look] = []
         self.meeting: Meeting | None = None
@@ -137,7 +145,7 @@ class _Examination:
         """GB/s; 0 where it fails, which is told as a problem of the node where it is one among its own devices."""
         limit = self.settings.phase_s
         answers = self.workers.ask(
-            "all_reduce", limit + 2.0,
+            "all_reduce", limit + ABORT_S,
             lambda index: (index, self.settings.device, meet(index), first + members.index(index), size, limit), of=members,
         )  # fmt: skip
         failed = {index: answer.failure for index, answer in answers.items() if answer.failure}
@@ -171,7 +179,8 @@ class _Examination:
         try:
             self._enter("meeting the other nodes")
             self.meeting = Meeting(settings.nodes, settings.node, settings.address, settings.port, self._left(ARRIVAL))
-            self.meeting.come(len(self.workers.alive), self._left(ARRIVAL))
+            self._fit = list(self.workers.alive)
+            self.meeting.come(len(self._fit), self._left(ARRIVAL))
             report.members = list(self.meeting.members)
             self._enter("comparing clocks with the other nodes")
             report.clock_s = self.meeting.clock(settings.phase_s)
@@ -187,16 +196,19 @@ class _Examination:
             if self._left(1.0) < 2 * self.settings.phase_s:
                 # Others have taken it all: what is known by now is told.
                 return
-            meeting.wait_for_others(f"round {turn}", self.settings.phase_s + 2.0)
+            if not set(self._fit) <= set(self.workers.alive) and self._spare:
+                self.workers.end()
+                self.workers = self._spare.pop()
+            ready = len(set(self._fit) & set(self.workers.alive))
+            said = meeting.wait_for_others(f"round {turn}", self.settings.phase_s + ABORT_S + MARGIN_S, str(ready))
             pair = next((pair for pair in pairs if self.settings.node in pair), None)
             if pair is None or not set(pair) <= set(meeting.present):
                 continue
             other = pair[1 - pair.index(self.settings.node)]
-            members, size = self.workers.alive[: devices[self.settings.node]], devices[pair[0]] + devices[pair[1]]
-            if len(members) < devices[self.settings.node]:
-                self.report.failures[other] = "a device of this node has failed before"
-                self.report.pairs[other] = 0.0
+            if any(int(said[node]) < devices[node] for node in pair):
+                # Of one that has lost processes in earlier rounds nothing new would be found out.
                 continue
+            members, size = self._fit, devices[pair[0]] + devices[pair[1]]
             meet = {"address": self.settings.address, "port": self.settings.port, "prefix": f"pair {turn} {' '.join(pair)}"}
             first = 0 if self.settings.node == pair[0] else devices[pair[0]]
             self.report.pairs[other] = self._all_reduce(lambda index, meet=meet: meet, list(members), first, size, other)
@@ -207,8 +219,9 @@ class _Examination:
         self.report.write(self.settings.report)
 
     def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.workers.end()
+        for workers in (self.workers, *self._spare):
+            with contextlib.suppress(OSError):
+                workers.end()
 
 
 class _Look:

@@ -56,7 +56,7 @@ def _examine(arguments: list[str], mounted: dict[str, int], log: str) -> None:
 class Job:
     """The nodes at work. names: all there should be; `come` those that do."""
 
-    def __init__(self, folder: Path, names: list[str], come: list[Node], *more: object, timeout: int = 40, devices: int = 1):
+    def __init__(self, folder: Path, names: list[str], come: list[Node], *more: object, timeout: int = 40, devices: int = 1, run=None):
         self.folder, self.names, self.timeout = folder, names, timeout
         self.reports, self.run = folder / "reports", folder / "run"
         for path in (self.reports, self.run):
@@ -68,7 +68,7 @@ class Job:
         self.begun, context = time.monotonic(), forking()
         self.processes = {
             node.name: context.Process(
-                target=_examine,
+                target=run or _examine,
                 args=([str(part) for part in (*common, "--node", node.name, *node.more)], node.mounted, str(folder / "log")),
             )
             for node in come
@@ -202,3 +202,26 @@ def test_a_file_system_that_does_not_answer_is_told_and_left_behind(tmp_path):
     look.wait(0.2)
     assert look.problems == ["the disk of x: no answer within 0 s: is the file system gone?"] and time.monotonic() - begun < 5
     (tmp_path / "pipe").open("w").close()
+
+
+def _hanging(arguments: list[str], mounted: dict[str, int], log: str) -> None:
+    """As `_examine`, of a node whose all-reduces hang on both sides, as NCCL's do."""
+    from pretrain.preflight import devices, workers
+
+    def all_reduce(index: int, kind: str, meet: dict, *more) -> float:
+        if "prefix" in meet and "node2" in meet["prefix"].split():
+            time.sleep(3600)
+        return devices.all_reduce(index, kind, meet, *more)
+
+    workers.QUESTIONS["all_reduce"] = all_reduce
+    _examine(arguments, mounted, log)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_of_pairs_that_hang_the_node_common_to_them_is_named_alone(count, tmp_path, capsys):
+    names = [f"node{number}" for number in range(1, count + 1)]
+    with Job(tmp_path, names, [Node(name) for name in names], timeout=45, run=_hanging) as job:
+        job.wait()
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node2"], lines
+    assert "bad node: node2: all-reduce with " in lines[0] and " failed (CPU process 0: no answer within " in lines[0]
