@@ -5,7 +5,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=01:00:00
+#SBATCH --time=03:00:00
+#SBATCH --signal=B:USR1@300
 #SBATCH --output=%x-%j.out
 
 # Slurm runs a copy of this file in a folder of its own.

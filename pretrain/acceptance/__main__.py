@@ -5,9 +5,9 @@
     python -m pretrain.acceptance prepare FOLDER "NAME" --nodes 2 --processes-per-node 8
     python -m pretrain.acceptance report FOLDER --nodes 2 --processes-per-node 8
 
-`cases` prints a line for each start, fields separated by tabs: name, kind, directory, nodes, processes of a node, flags of
-pretrain.train; with `--once-more` those that a tipped entry may have moved (pretrain.acceptance.compare). `report` ends with status 0
-where all cases fit, else 1.
+`cases` prints a line for each start, fields separated by tabs: name, kind (killed:STEP says when), directory, nodes, processes of a
+node, flags of pretrain.train; with `--once-more` those that a tipped entry may have moved (pretrain.acceptance.compare). `report` ends
+with status 0 where all cases fit, else 1.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.arguments import Parser, named_path
-from pretrain.acceptance.cases import COMMON, KILL_AFTER, VARIANTS, Case, cases
+from pretrain.acceptance.cases import COMMON, KILL_AFTER, LONG, VARIANTS, Case, cases
 
 if TYPE_CHECKING:
     from pretrain.acceptance.report import Result
@@ -64,20 +64,33 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace) -> int:
-    found, left_out = cases(options.nodes * options.processes_per_node)
+    found, left_out = _cases_here(options)
     if options.once_more:
         found, left_out = [case.once_more for case in found if _tipped(case, options.once_more)], []
     for case in found:
-        nodes, per_node = _spread(case, options.nodes)
-        print("\t".join([case.name, case.kind, case.run, str(nodes), str(per_node), *_flags(case)]))
+        nodes, per_node = _spread(case, options)
+        kind = f"{case.kind}:{KILL_AFTER}" if case.kind == "killed" else case.kind
+        print("\t".join([case.name, kind, case.run, str(nodes), str(per_node), *_flags(case)]))
     for name, reason in left_out:
         print(f"not run: {name}: {reason}", file=sys.stderr)
     return 0
 
 
-def _spread(case: Case, nodes: int) -> tuple[int, int]:
-    """Over all nodes where that can be: what goes through the network is what may be wrong."""
-    return (nodes, case.processes // nodes) if case.processes % nodes == 0 else (1, case.processes)
+def _cases_here(options: argparse.Namespace) -> tuple[list[Case], list[tuple[str, str]]]:
+    """Those that can be spread over the nodes, and the others with the reason."""
+    found, left_out = cases(options.nodes * options.processes_per_node)
+    uneven = [case for case in found if _spread(case, options) is None]
+    size = f"{options.nodes} nodes of {options.processes_per_node}"
+    left_out += [(case.name, f"{case.processes} processes cannot be spread evenly over {size}") for case in uneven]
+    return [case for case in found if case not in uneven], left_out
+
+
+def _spread(case: Case, options: argparse.Namespace) -> tuple[int, int] | None:
+    """(nodes, processes of each), over as many nodes as can be: what goes through the network is what may be wrong."""
+    for nodes in range(options.nodes, 0, -1):
+        if case.processes % nodes == 0 and case.processes // nodes <= options.processes_per_node:
+            return nodes, case.processes // nodes
+    return None
 
 
 def _tipped(case: Case, folder: Path) -> bool:
@@ -95,7 +108,7 @@ def _flags(case: Case) -> list[str]:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    found = cases(options.nodes * options.processes_per_node)[0]
+    found = _cases_here(options)[0]
     case = next(case for first in found for case in (first, first.once_more) if case.name == options.name)
     if case.begins is not None:
         source, step = case.begins
@@ -104,13 +117,31 @@ def _prepare(options: argparse.Namespace) -> int:
             print(f"{case.name} needs {checkpoint.name} of {source}, which is not there", file=sys.stderr)
             return 1
         shutil.copytree(options.folder / "runs" / source / checkpoint, options.folder / "runs" / case.run / checkpoint)
+    if case.kind == "continued":
+        step = _newest_step(options.folder / "runs" / case.run)
+        if not 0 < step < LONG:
+            # Else the run would not go on from anything, and equal the unbroken one nevertheless.
+            print(f"{case.name} needs a checkpoint from before the kill; the newest complete one is of step {step}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _newest_step(run: Path) -> int:
+    """Of the newest complete checkpoint, 0 without one."""
+    from pretrain.checkpoint.directory import CheckpointDirectory, step_of
+
+    try:
+        path = CheckpointDirectory(run / "checkpoints", 1).newest(contents=False)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 0
+    return step_of(path) if path is not None else 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from pretrain.acceptance.report import surroundings, write
 
-    found, left_out = cases(options.nodes * options.processes_per_node)
+    found, left_out = _cases_here(options)
     results = []
     for case in found:
         result = _result(case, options.folder)

@@ -14,6 +14,7 @@ acceptance() {
   rendezvous
   folder=${QSPARSE_RUNS:-$PWD/runs}/acceptance-$SLURM_JOB_ID
   size=(--nodes "$(nodes | wc -l)" --processes-per-node "$PROCESSES")
+  trap 'say "the time limit comes near: a report of what there is"; inside python -m pretrain.acceptance report "$folder" "${size[@]}"; exit 1' USR1
   say "acceptance on $(nodes | paste -sd' '), in $folder"
   inside python -m pretrain.acceptance data "$folder"
   run_cases "$folder" "$@"
@@ -47,22 +48,25 @@ run_case() {
     echo "not begun: what it begins with is missing" >"$START_DIRECTORY/status"
     return
   fi
+  # As `pretrain.job begin` says it for training.
+  unset CUDA_DEVICE_MAX_CONNECTIONS
+  if [ "$(flag parallel.tensor)" -gt 1 ] 2>/dev/null && [ "$(flag zero.stage)" != 3 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=1; fi
   # Each start has a port of its own: the one before may still be closing.
   MASTER_PORT=$((MASTER_PORT + 1))
   launch >"$START_DIRECTORY/log" 2>&1 </dev/null
-  [ "$kind" != killed ] || kill_first_rank "$folder/runs/$directory"
+  [[ $kind != killed:* ]] || kill_first_rank "$folder/runs/$directory" "${kind#*:}"
   wait "$STEP_PID" || status=$?
   echo "$status" >"$START_DIRECTORY/status"
   echo $((SECONDS - started)) >"$START_DIRECTORY/seconds"
   say "$name: status $status, $((SECONDS - started)) s"
 }
 
-# SIGKILL, once the run is on its way; its owner's file says where the process is.
+# SIGKILL, once the run has taken so many steps and has a checkpoint to go on from; its owner's file says where the process is.
 kill_first_rank() {
-  local run=$1 steps owner
+  local run=$1 after=$2 steps owner
   while kill -0 "$STEP_PID" 2>/dev/null; do
     steps=$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)
-    if [ "$steps" -gt 30 ]; then
+    if [ "$steps" -gt "$after" ] && compgen -G "$run/checkpoints/step_????????" >/dev/null; then
       owner=$(cat "$run"/.owner/*.json)
       # Before Slurm 22.05 a step that overlaps waits for GPUs and memory nevertheless, unless it asks for none.
       env -u SLURM_GPUS_PER_NODE timeout 60 srun --overlap --export=ALL --gres=none --mem=0 --nodes=1 --ntasks=1 \

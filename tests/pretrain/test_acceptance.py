@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ class TestCases:
             config = parse([*flags, "--data.path", str(shards), "--output_dir", "x", "--data.sequence_length", "32"])
             problems, _, _ = examine(config, int(nodes) * int(per_node))
             assert problems == [], name
+
+    @pytest.mark.parametrize(("nodes", "per_node"), [(4, 1), (3, 2), (3, 3), (1, 8), (32, 8)])
+    def test_no_node_gets_more_processes_than_it_has(self, nodes, per_node, capsys):
+        assert main(["cases", "--nodes", str(nodes), "--processes-per-node", str(per_node)]) == 0
+        out = capsys.readouterr()
+        found = [line.split("\t") for line in out.out.splitlines()]
+        assert found and all(int(fields[3]) <= nodes and int(fields[4]) <= per_node for fields in found)
+        assert ("8 processes cannot be spread evenly over 3 nodes of 3" in out.err) == ((nodes, per_node) == (3, 3))
 
     def test_every_layout_is_there_with_enough_processes(self):
         names = " ".join(case.name for case in cases(8)[0])
@@ -93,6 +102,38 @@ class TestCompare:
         folder, states = runs
         states["layout", 4]["optimizer.fp32.a"][0] = float("nan")
         assert misfits(folder) == ["weights, of the largest of each"]
+
+    def test_a_number_that_is_none_among_others(self, runs):
+        folder, states = runs
+        for name in ("reference", "layout"):
+            for step in (3, 4):
+                states[name, step]["optimizer.fp32.b"] = torch.ones(2)
+                states[name, step]["optimizer.exp_avg.b"] = torch.ones(2)
+        states["layout", 4]["optimizer.fp32.b"][1] = float("nan")
+        assert misfits(folder) == ["weights, of the largest of each"]
+        states["layout", 4]["optimizer.exp_avg.b"][1] = float("nan")
+        dense = replace(CASE, near="rounded")
+        assert [figure.what for figure in compare(dense, folder) if not figure.fits] == ["gradients, one minus the cosine"]
+
+    @pytest.mark.parametrize(("name", "what"), [("fp32", "weights"), ("exp_avg", "moments"), ("exp_avg_sq", "moments")])
+    @pytest.mark.parametrize("value", [1.01, float("nan")])
+    def test_what_resharding_must_not_lose(self, runs, name, what, value):
+        folder, states = runs
+        case = replace(CASE, kind="reshard", begins=("reference", LAST - 1))
+        for run in ("reference", "layout"):
+            states[run, LAST]["optimizer.exp_avg_sq.a"] = torch.tensor([0.3, 0.4])
+        assert [figure.fits for figure in compare(case, folder)] == [True] * 3
+        states["layout", LAST][f"optimizer.{name}.a"][1] = value
+        assert [figure.what.partition(",")[0] for figure in compare(case, folder) if not figure.fits] == [what]
+
+    def test_a_loss_that_is_none_behind_one_that_is(self, runs):
+        folder, states = runs
+        for run in ("reference", "layout"):
+            states[run, LAST]["optimizer.exp_avg_sq.a"] = torch.tensor([0.3, 0.4])
+        path = folder / "runs" / "layout" / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"train/loss": 1.2', '"train/loss": NaN'))
+        case = replace(CASE, kind="reshard", begins=("reference", 2))
+        assert [figure.what for figure in compare(case, folder) if not figure.fits] == ["loss of each step, nat"]
 
     def test_a_tensor_too_few(self, runs):
         folder, states = runs
@@ -160,6 +201,12 @@ class TestOnceMore:
         found = {case["name"]: case["fits"] for case in json.loads((folder / "report.json").read_text())["cases"]}
         assert found[more] == fits and name not in found
         assert f"| {more} (gradients, of the largest of each: " in (folder / "report.md").read_text()
+
+
+def test_a_kill_before_any_checkpoint_proves_nothing(tmp_path, capsys):
+    (tmp_path / "runs" / "killed" / "checkpoints").mkdir(parents=True)
+    assert main(["prepare", str(tmp_path), "killed and started again", "--nodes", "1", "--processes-per-node", "2"]) == 1
+    assert "needs a checkpoint from before the kill; the newest complete one is of step 0" in capsys.readouterr().err
 
 
 def test_the_report_says_what_does_not_fit(runs, tmp_path):
