@@ -18,6 +18,8 @@ FOLDER = "slurm"
 NAME = "attempts.jsonl"
 PREEMPTED_NAME = "preempted"
 """RUN_DIR/slurm/JOB.RESTART/preempted: the job was sent TERM; the end may never have been written down."""
+SUCCESSOR_NAME = "successor"
+"""RUN_DIR/slurm/JOB.RESTART/successor: the number of the job that goes on from this one, where it is another one."""
 FORMAT_VERSION = 1
 
 

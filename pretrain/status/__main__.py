@@ -95,8 +95,14 @@ def _shown(named: list[Path], as_json: bool) -> tuple[str, int]:
             errors.append(str(error))
     if not runs:
         errors.append("there is no run directory in ./runs: name the output_dir of a run")
-    jobs = queue.ask(job for fact in found if (job := state.number_of_job(fact)))
-    statuses = [state.judge(fact, jobs, now) for fact in found]
+    jobs = queue.ask(job for fact in found for job in (state.number_of_job(fact), *fact.successors))
+    statuses = []
+    for fact in found:
+        try:
+            statuses.append(state.judge(fact, jobs, now))
+        except facts.DAMAGED as error:
+            # Numbers that nobody would write: one run must not hide the others.
+            errors.append(f"{fact.directory} cannot be judged ({type(error).__name__}: {error})")
     sys.stdout.flush()
     for error in errors:
         with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ from pretrain.tracking.state import METRICS_NAME, STATE_NAME, SYSTEM_NAME, unshi
 
 MARKS = (RECORD_NAME, METRICS_NAME, CONFIG_NAME, "checkpoints", FOLDER, account.FOLDER)
 """A directory with one of these is a run's."""
-DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 """What reading a file that anybody may have cut or changed can end in."""
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ class Facts:
     directory: Path
     attempts: list[Attempt] = field(default_factory=list)
     """Under Slurm, oldest first."""
+    successors: list[str] = field(default_factory=list)
+    """Numbers of the jobs that may go on from the last attempt, where that is not its own: one that it has submitted, its array."""
     record: RunRecord | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Flat, of config.yaml."""
@@ -97,6 +99,7 @@ def read(directory: Path, now: float, counting: bool = False) -> Facts:
     facts.settings = _try(facts, CONFIG_NAME, {}, lambda: _settings(directory))
     facts.record = _try(facts, RECORD_NAME, None, lambda: _record(directory))
     facts.attempts = _try(facts, account.FOLDER, [], lambda: [attempt for attempt in account.read(directory) if _usable(attempt)])
+    facts.successors = _try(facts, account.FOLDER, [], lambda: _successors(directory, facts.attempts))
     facts.rollbacks = _try(facts, rollback.NAME, 0, lambda: len(rollback.read(directory)))
     facts.rows = _try(facts, METRICS_NAME, [], lambda: tail(directory / METRICS_NAME))
     _try(facts, FOLDER, None, lambda: _look_at_owner(facts, now))
@@ -110,6 +113,17 @@ def read(directory: Path, now: float, counting: bool = False) -> Facts:
     if counting and facts.record is not None and facts.settings.get("tracking.enabled") is not False:
         facts.unshipped = _try(facts, STATE_NAME, None, lambda: unshipped_points(directory))
     return facts
+
+
+def _successors(directory: Path, attempts: list[Attempt]) -> list[str]:
+    if not attempts:
+        return []
+    last = attempts[-1]
+    try:
+        told = (directory / account.FOLDER / f"{last.job}.{last.restart}" / account.SUCCESSOR_NAME).read_text().split()[:1]
+    except FileNotFoundError:
+        told = []
+    return [number for number in (*told, last.chain) if number != last.job]
 
 
 def _try(facts: Facts, name: str, otherwise: T, action: Callable[[], T]) -> T:

@@ -131,6 +131,9 @@ def _ago(when: float | None, now: float) -> str:
 
 
 def _clock(when: float) -> str:
+    if not 0 <= when < 1e11:
+        # No clock was ever so wrong: a damaged line.
+        return UNKNOWN
     return datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M:%S")
 
 

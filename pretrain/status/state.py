@@ -1,5 +1,6 @@
 """What follows from the facts: in which state a run is, and the figures that are shown of it."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def judge(facts: Facts, queue: Mapping[str, Job] | None, now: float) -> Status:
         validation_loss=number(validated, "val/loss"), tokens_per_s=number(last, "perf/tokens_per_s"),
         step_time_s=number(last, "perf/step_time_s"), last_line=last["timestamp_ms"] / 1000 if last else None,
         checkpoint_step=facts.checkpoint_step, checkpoint_time=facts.checkpoint_time, restarts=restarts, rollbacks=facts.rollbacks,
-        skipped_steps=None if skipped is None else int(skipped),
+        skipped_steps=None if skipped is None or not math.isfinite(skipped) else int(skipped),
         goodput=_goodput(facts, restarts, state in ("training", "starting", "stalled"), now), unshipped=facts.unshipped,
         attempts=facts.attempts, problems=facts.problems,
     )  # fmt: skip
@@ -105,6 +106,9 @@ def _state(facts: Facts, attempt: Attempt | None, job: str, queue: Mapping[str, 
     queued = (queue or {}).get(job)
     if queued is not None and queued.state in WAITING and not (attempt and attempt.outcome in OUTCOMES):
         return "pending", ended, f"Slurm: {queued}"
+    following = next((found for number in facts.successors if (found := (queue or {}).get(number))), None)
+    if attempt is not None and attempt.outcome == "again" and following is not None:
+        return "pending", ended, f"goes on in job {following.number}, Slurm: {following}"
     if attempt is not None and attempt.ended is not None:
         return _by_account(attempt, gone=queue is not None and queued is None)
     if attempt is not None and (queued is not None or queue is None) and _is_new(facts, attempt):

@@ -174,6 +174,9 @@ submit_successor() {
   id=$(timeout 60 env -i "${ENVIRONMENT[@]}" "QSPARSE_CHAIN=$JOB_KEY" sbatch --parsable "--dependency=afterany:$SLURM_JOB_ID" \
     "${options[@]}" "${more[@]}" ${excluded:+--exclude="$excluded"} "$JOB_SCRIPT" "${ARGUMENTS[@]}") ||
     { say "error: the next job could not be submitted: submit it yourself to go on" && exit 1; }
+  id=${id%%;*}
+  # For `python -m pretrain.status`.
+  echo "$id" >"$START_DIRECTORY/successor" || true
   say "goes on in job $id"
 }
 

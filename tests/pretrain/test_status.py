@@ -38,6 +38,18 @@ STATES = {
     "to be started again": (lambda run: attempted(run, 90000, 80000, "again", "time is over"), None, "pending", "started again; time is"),
     "queued again": (lambda run: attempted(run, 90000, 80000, "again"), WAITS, "pending", "Slurm: PENDING (Priority)"),
     "forgotten by Slurm": (lambda run: attempted(run, 90000, 80000, "again"), {}, "stopped", "job 77 is not in the queue any more"),
+    "goes on in the next element of its array": (
+        lambda run: attempted(run, 90000, 80000, "again", chain="70"), {"70": Job("70", "PENDING", "JobArrayTaskLimit")}, "pending",
+        "goes on in job 70, Slurm: PENDING (JobArrayTaskLimit)",
+    ),
+    "goes on in a successor": (
+        lambda run: (
+            attempted(run, 90000, 80000, "again", chain="77"),
+            (run / "slurm/77.0").mkdir(),
+            (run / "slurm/77.0/successor").write_text("78\n"),
+        ),
+        {"78": Job("78", "PENDING", "Dependency")}, "pending", "goes on in job 78, Slurm: PENDING (Dependency)",
+    ),
     "the job has begun": (lambda run: attempted(run, 60), RUNS, "starting", ""),
     "the job has begun, no Slurm here": (lambda run: attempted(run, 60), None, "starting", ""),
     "the job has begun and ended": (lambda run: attempted(run, 60), {}, "dead", "job 77 is gone without an end"),

@@ -51,6 +51,20 @@ def test_a_line_for_each_run(two, capsys):
     assert "error: runs/notes is no run directory, since it holds none of run.json, metrics.jsonl" in err and len(err.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "damage", ['"train/skipped_steps": NaN', '"train/skipped_steps": Infinity', '"timestamp_ms": 1' + "0" * 40, '"step": 1' + "0" * 400]
+)
+def test_numbers_that_nobody_would_write_hide_no_other_run(two, capsys, damage):
+    journal = two / "runs" / "b" / "metrics.jsonl"
+    last = json.loads(journal.read_text().splitlines()[-1])
+    name = damage.partition('"')[2].partition('"')[0]
+    with journal.open("a") as file:
+        file.write(json.dumps({**last, name: None}).replace(f'"{name}": null', damage) + "\n")
+    for arguments in ((), ("runs/b",), ("--json",)):
+        _, out, _ = call(capsys, *arguments)
+        assert "runs/a" in out or arguments == ("runs/b",)
+
+
 def test_a_page_of_one_run(two, capsys):
     status, out, _ = call(capsys, "runs/b")
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()[1:] if line.strip()}
