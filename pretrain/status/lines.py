@@ -35,7 +35,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = decode_line(line)
     except (ValueError, RecursionError):
         return None
-    return row if type(row["step"]) is int and type(row["timestamp_ms"]) is int else None
+    numbers = row["step"], row["timestamp_ms"]
+    return row if all(type(number) is int and 0 <= number < 2**63 for number in numbers) else None
 
 
 def number(row: dict[str, Any] | None, name: str) -> float | None:
