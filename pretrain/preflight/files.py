@@ -1,8 +1,10 @@
 """Disks and shards as this node sees them: by writing and by reading, since a mount that is missing or read-only shows only then."""
 
+import contextlib
 import errno
 import os
 import secrets
+import socket
 import time
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from data_tools.manifest import MANIFEST_NAME, Manifest
 
 PROBE_BYTES = 16 << 20
 """Of the file that is written: past what a nearly full disk or a quota would still take."""
+PROBE_NAME = ".preflight"
+LEFT_OVER_S = 3600.0
+"""Age from which on a file like that belongs to a process that was killed."""
 SHARDS = 8
 """Opened, evenly spaced."""
 HEAD_BYTES = 512
@@ -24,7 +29,8 @@ def probe_disk(folder: Path, needed_bytes: int) -> tuple[int, float]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no directory on this node: is its file system mounted?")
-    path = folder / f".preflight.{secrets.token_hex(4)}"
+    path = folder / f"{PROBE_NAME}.{socket.gethostname()}.{secrets.token_hex(4)}"
+    _remove_left_over(folder)
     chunk = os.urandom(1 << 20)
     try:
         begun = time.perf_counter()
@@ -47,6 +53,13 @@ def probe_disk(folder: Path, needed_bytes: int) -> tuple[int, float]:
     if free < needed_bytes:
         raise ValueError(f"{folder} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed: free space")
     return free, PROBE_BYTES / 1e6 / seconds
+
+
+def _remove_left_over(folder: Path) -> None:
+    for path in folder.glob(f"{PROBE_NAME}.{socket.gethostname()}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFT_OVER_S:
+                path.unlink()
 
 
 def read_shards(directory: Path) -> str:

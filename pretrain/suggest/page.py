@@ -56,7 +56,7 @@ def choice_lines(found: Suggestions) -> list[str]:
 def source_lines(cluster: Cluster, gpu_name: str, reserve: float, source: str) -> list[str]:
     gpu = cluster.gpu
     return [
-        "where the times come from: arithmetic, not a measurement; no run of this project on a GPU has been timed yet",
+        "where the times come from: arithmetic, not a measurement; the project itself has timed no run on a GPU yet",
         "  step = compute + tensor + experts + bubble + pipeline + gradients + data + optimizer; nothing is taken to overlap",
         f"  compute: FLOPs / ({gpu.efficiency:.3g} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s); {source}",
         f"  tensor, experts, pipeline, data: bytes / ({100 * REACHED:.0f} % of NVLink {gpu.nvlink / 1e9:,.0f} GB/s, or of a node's network "

@@ -225,3 +225,20 @@ def test_of_pairs_that_hang_the_node_common_to_them_is_named_alone(count, tmp_pa
     status, lines, bad = job.judge(capsys, *FORGIVING)
     assert status == 3 and bad == ["node2"], lines
     assert "bad node: node2: all-reduce with " in lines[0] and " failed (CPU process 0: no answer within " in lines[0]
+
+
+def _clock_ahead(arguments: list[str], mounted: dict[str, int], log: str) -> None:
+    """As `_examine`, of a node whose clock is wrong where it is node2."""
+    if arguments[arguments.index("--node") + 1] == "node2":
+        true = time.time
+        time.time = lambda: true() + 9.0
+    _examine(arguments, mounted, log)
+
+
+def test_a_node_whose_clock_is_ahead_is_named(tmp_path, capsys):
+    names = ["node1", "node2", "node3"]
+    with Job(tmp_path, names, [Node(name) for name in names], run=_clock_ahead) as job:
+        job.wait()
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node2"], lines
+    assert lines[0].startswith("bad node: node2: clock is 9.0 s ahead of the median of the nodes")
