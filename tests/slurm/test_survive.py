@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from pretrain.callbacks.switches import LOOK_S
 from pretrain.job import attempts
 from tests.pretrain.finished import Finished
+from tests.slurm import cluster as module
 from tests.slurm.jobs import START_S, flags, submit, tracked
 
 WAITS_AT_5 = "0 wait 5 0"
@@ -36,6 +38,24 @@ def test_requeued_before_the_time_limit(cluster, shards, database, unbroken, tmp
     assert "NodeName=node2" in (written / "nodes.txt").read_text() and "torch==" in (written / "packages.txt").read_text()
     assert sorted(path.name for path in (written / "ranks").iterdir()) == ["node1", "node2"]
     assert (job.run / "finished").read_text() == "12\n" and (job.run / "code" / "slurm" / "lib.sh").exists()
+
+
+@pytest.mark.slurm
+def test_requeued_where_signals_reach_torchrun_alone(shards, database, unbroken, tmp_path):
+    """As where Slurm follows processes by cgroups: training processes have sessions of their own, which this cluster loses sight of."""
+    if reason := module.missing():
+        pytest.skip(reason)
+    with module.Cluster(nodes=2, settings="ProctrackType=proctrack/pgid") as cluster:
+        job = start(cluster, tmp_path, shards, database)
+        job.until_waiting()
+        job.signal("--batch", "--signal=USR1")
+        job.until_said("USR1: the training processes are to finish")
+        time.sleep(LOOK_S)
+        job.go_on()
+        job.until(lambda: job.restarts() == 1, "requeued")
+        log = job.finish()
+    assert "SIGUSR1: finishing" not in log and "SIGUSR1: checkpoint saved after step 5" in log and "going on after step 5" in log
+    assert Finished.read(tmp_path).differences(unbroken) == []
 
 
 @pytest.mark.slurm
