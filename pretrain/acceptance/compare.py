@@ -21,7 +21,7 @@ FLIPPED = {"loss, nat": 3e-2, "gradient norm, relative": 3e-2, "gradients, one m
 """One entry of masks, codes or routes in 10^6 may be so near to its neighbour that the order of a sum decides, and what follows moves;
 that is the numbers' doing and not the layout's, if the next step fits. Measured on CPUs: one of 18 steps, loss off by 3.8e-3, norm by
 1.1e-2, cosine by 2.4e-3. The mistakes of tests/parallel/faults.py do not go away in the next step."""
-RESHARDED = {"loss of each step, nat": 1e-5, "moments, of the largest of each": 1e-4, "weights, of the largest of each": 1e-4}
+RESHARDED = {"loss of each step, nat": 1e-5, "moments, of the largest of each": 1e-5, "weights, of the largest of each": 1e-5}
 """Over up to three steps without BitNet: Adam's state and the fp32 weights are those after the last one."""
 
 
