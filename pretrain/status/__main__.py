@@ -1,6 +1,6 @@
 """How runs are doing, from their directories: a table, or a page of one run. Needs neither MLflow nor Slurm.
 
-    python -m pretrain.status                      all run directories in ./runs, and this one where it is one
+    python -m pretrain.status                      all run directories in $QSPARSE_RUNS or ./runs, and this one where it is one
     python -m pretrain.status runs/a runs/b --watch
     python -m pretrain.status runs/a               everything of one run
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from data_tools.arguments import Parser, named_path
 
 WATCH_S = 5.0
+RUNS, RUNS_VARIABLE = "runs", "QSPARSE_RUNS"
+"""Folder of the run directories, and the variable that names another one (slurm/site.env)."""
 HOME, CLEAR_LINE, CLEAR_BELOW, CLEAR = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2J"
 
 
@@ -27,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m pretrain.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("runs", nargs="*", type=named_path, metavar="RUN", help="run directories (default: those in ./runs)")
+    told = "run directories (default: those in $QSPARSE_RUNS or ./runs)"
+    parser.add_argument("runs", nargs="*", type=named_path, metavar="RUN", help=told)
     parser.add_argument(
         "--watch", nargs="?", const=WATCH_S, type=_seconds, metavar="SECONDS", help=f"show it again every so often (default {WATCH_S:g})"
     )
@@ -94,7 +97,8 @@ def _shown(named: list[Path], as_json: bool) -> tuple[str, int]:
         except facts.NoRun as error:
             errors.append(str(error))
     if not runs:
-        errors.append("there is no run directory in ./runs: name the output_dir of a run")
+        folder = os.environ.get(RUNS_VARIABLE) or f"./{RUNS}"
+        errors.append(f"there is no run directory in {folder}: name the output_dir of a run")
     jobs = queue.ask(job for fact in found for job in (state.number_of_job(fact), *fact.successors))
     statuses = []
     for fact in found:
@@ -117,13 +121,13 @@ def _shown(named: list[Path], as_json: bool) -> tuple[str, int]:
 
 
 def _here() -> list[Path]:
-    """The run directories below ./runs, and the current directory where it is one."""
+    """The run directories where jobs and runs put them by default, and the current directory where it is one."""
     from pretrain.status.facts import is_run
 
+    here = [Path.cwd()] if is_run(Path.cwd()) else []
     with contextlib.suppress(OSError):
-        below = sorted(path for path in Path("runs").iterdir() if is_run(path))
-        return [*([Path.cwd()] if is_run(Path.cwd()) else []), *below]
-    return [Path.cwd()] if is_run(Path.cwd()) else []
+        here += sorted(path for path in Path(os.environ.get(RUNS_VARIABLE) or RUNS).iterdir() if is_run(path))
+    return here
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pretrain.tracking.journal import discarded_path
 from pretrain.tracking.record import RECORD_NAME, RunRecord
 from pretrain.tracking.state import METRICS_NAME, STATE_NAME, SYSTEM_NAME, unshipped_points
 
-MARKS = (RECORD_NAME, METRICS_NAME, CONFIG_NAME, "checkpoints", FOLDER, account.FOLDER)
-"""A directory with one of these is a run's."""
+MARKS = (RECORD_NAME, METRICS_NAME, CONFIG_NAME, "checkpoints", FOLDER, f"{account.FOLDER}/{account.NAME}")
+"""A directory with one of these is a run's; this project's checkout has a slurm/ as well."""
 DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 """What reading a file that anybody may have cut or changed can end in."""
 T = TypeVar("T")

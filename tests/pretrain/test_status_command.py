@@ -87,8 +87,14 @@ def test_json(two, capsys):
 
 def test_nothing_here(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # As in a checkout of this project.
+    (tmp_path / "slurm").mkdir()
     status, out, err = call(capsys)
     assert (status, out) == (2, "") and err == "error: there is no run directory in ./runs: name the output_dir of a run\n"
+    monkeypatch.setenv("QSPARSE_RUNS", str(tmp_path / "elsewhere"))
+    assert call(capsys)[2] == f"error: there is no run directory in {tmp_path / 'elsewhere'}: name the output_dir of a run\n"
+    write(tmp_path / "elsewhere" / "a", ROWS)
+    assert [line.split()[0] for line in call(capsys)[1].splitlines()] == ["run", str(tmp_path / "elsewhere" / "a")]
     monkeypatch.chdir(write(tmp_path / "run", ROWS, status="FAILED"))
     assert call(capsys)[1].splitlines()[1].split()[:2] == [str(tmp_path / "run"), "failed"]
 
