@@ -7,16 +7,20 @@ import torch
 from pretrain.gpus import PEAK_BF16_FLOPS
 
 
+class NoDevice(RuntimeError):
+    """There is no such device; the message tells the user what to do."""
+
+
 def choose_device(wanted: str) -> torch.device:
-    """wanted: auto, cpu or cuda. CUDA devices are taken by LOCAL_RANK. Raises RuntimeError where cuda is asked for and missing."""
+    """wanted: auto, cpu or cuda. CUDA devices are taken by LOCAL_RANK. Raises NoDevice where cuda is asked for and missing."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise RuntimeError("device=cuda, but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch")
+        raise NoDevice("device=cuda, but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if rank >= count:
-        raise RuntimeError(f"local rank {rank} has no device: this machine has {count}; start that many processes with --nproc-per-node")
+        raise NoDevice(f"local rank {rank} has no device: this machine has {count}; start that many processes with --nproc-per-node")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device

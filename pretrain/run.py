@@ -29,7 +29,7 @@ from pretrain.callbacks.validation import Validate
 from pretrain.checkpoint.directory import CheckpointDirectory, remove
 from pretrain.failures import report
 from pretrain.going_on import Beginning, beginning
-from pretrain.hardware import choose_device
+from pretrain.hardware import NoDevice, choose_device
 from pretrain.lease import Lease, LeaseLost
 from pretrain.progress import Progress
 from pretrain.recording import start_tracking
@@ -56,11 +56,12 @@ def run(validated: Validated, progress: Progress) -> int:
     hang = config.train.hang_timeout_s
     try:
         device = choose_device(config.device)
-        # The watchdog names the rank that does not come; what a collective says when its own time is over names nobody.
-        timeout = timedelta(seconds=hang + COLLECTIVE_MARGIN_S) if hang else None
-        groups.initialize(config.parallel, device, config.train.seed, timeout)
-    except RuntimeError as error:
+    except NoDevice as error:
         raise Refused(str(error)) from error
+    progress.enter("meeting the other ranks")
+    # The watchdog names the rank that does not come; what a collective says when its own time is over names nobody.
+    timeout = timedelta(seconds=hang + COLLECTIVE_MARGIN_S) if hang else None
+    groups.initialize(config.parallel, device, config.train.seed, timeout)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -14,6 +14,12 @@ mapfile -d '' -t ENVIRONMENT < <(env -0 | grep -zvE '^(SLURM_|SLURMD_|SRUN_|SBAT
 # Left over from a job that this one was submitted from: srun refuses both.
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
 
+# A job that was submitted from inside of another one inherits what Slurm had told that one.
+if [ -n "${SLURM_JOB_ID:-}" ] && JOB_SHOWN=$(timeout 30 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) && [[ $JOB_SHOWN != *ArrayJobId=* ]]; then
+  unset "${!SLURM_ARRAY_@}"
+  [[ ! $JOB_SHOWN =~ \ Restarts=([0-9]+) ]] || SLURM_RESTART_COUNT=${BASH_REMATCH[1]}
+fi
+
 # The checkout, and what the script was called with.
 ORIGIN=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)")
 ARGUMENTS=("$@")
@@ -38,7 +44,7 @@ if [ -n "${QSPARSE_CHAIN:-}" ]; then
   JOB_KEY=$QSPARSE_CHAIN
 elif [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   # A sweep has a run for each element; else the elements are one run's, one after the other.
-  JOB_KEY=$SLURM_ARRAY_JOB_ID${SWEEP:+_$SLURM_ARRAY_TASK_ID}
+  JOB_KEY=$SLURM_ARRAY_JOB_ID${QSPARSE_RUN_PER_ELEMENT:+_$SLURM_ARRAY_TASK_ID}
 else
   JOB_KEY=${SLURM_JOB_ID:-}
 fi

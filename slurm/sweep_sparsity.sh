@@ -17,7 +17,7 @@
 JOB_SCRIPT=$0
 [ -e "$(dirname "$JOB_SCRIPT")/lib.sh" ] || JOB_SCRIPT=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
 # Each element is a run of its own.
-export SWEEP=1
+export QSPARSE_RUN_PER_ELEMENT=1
 source "$(dirname "$JOB_SCRIPT")/lib.sh"
 
 read -ra keeps <<<"${QSPARSE_KEEPS:-1 0.7 0.5 0.4 0.3}"

@@ -6,12 +6,14 @@
     python -m pretrain.job end --job 17 --status 1 -- ...
 
 Answers are assignments for a shell to evaluate; what a person should read goes to stderr. Exit status 0: go on; 2: the run cannot
-start, and neither can it later; 3: there is nothing to do; 4: it was started often enough.
+start, and neither can it later; 3: it is complete; 4: it was started often enough; 5: somebody has stopped it.
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,8 +26,13 @@ from pretrain.job.attempts import Attempt
 from pretrain.job.fit import fit
 from pretrain.job.snapshot import take
 
-REFUSED, NOTHING_TO_DO, GIVEN_UP = 2, 3, 4
+REFUSED, COMPLETE, GIVEN_UP, STOPPED = 2, 3, 4, 5
 TRIES = 3
+PREEMPTED, CANCELLED = ("preempted", "requeued"), "cancelled"
+OF_ONE_START = ("signalled", outcome.NAME, attempts.PREEMPTED_NAME, attempts.SUCCESSOR_NAME)
+"""Files in RUN_DIR/slurm/JOB.RESTART/ that say how that start ended."""
+FATES = ("", *PREEMPTED, CANCELLED, "timeout", "lost", "requeued_lost", "running", "unknown")
+"""Of a job that was sent TERM, as slurm/lib/survive.sh finds it out."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -33,6 +40,7 @@ def main(args: list[str] | None = None) -> int:
     own, flags = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     options = _parser().parse_args(own)
     try:
+        options.flags = flags
         return options.run(options, parse(flags))
     except (ConfigurationError, ValueError, OSError) as error:
         return _refuse(str(error))
@@ -46,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     code = commands.add_parser("code", help="make the run's own copy of the code")
     code.add_argument("--source", type=Path, required=True, help="folder of the checkout")
     code.add_argument("--update", action="store_true", help="replace a copy that is there")
+    code.add_argument("--job", default="")
     code.set_defaults(run=_code)
     begin = commands.add_parser("begin", help="whether to start now, and on how many of the nodes")
     begin.add_argument("--nodes", required=True, help="names of the allocated nodes, with spaces between")
@@ -54,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     end = commands.add_parser("end", help="how the start ended, and what follows")
     end.add_argument("--status", type=int, required=True, help="exit status of srun")
     end.add_argument("--signal", default="", choices=["", "USR1", "TERM"], help="what the job had been sent")
-    end.add_argument("--cancelled", action="store_true", help="the job was cancelled: it does not go on")
+    end.add_argument("--fate", default="", choices=FATES, help="what Slurm has made of a job that was sent TERM")
     end.add_argument("--reason", default="", help="why training was not begun")
     end.set_defaults(run=_end)
     for command in (begin, end):
@@ -71,11 +80,14 @@ def _directory(options: argparse.Namespace, config: PretrainConfig) -> int:
 
 
 def _code(options: argparse.Namespace, config: PretrainConfig) -> int:
-    found = take(options.source, config.run_directory.absolute(), options.update)
+    directory = config.run_directory.absolute()
+    if options.update and (other := _at_work(directory, options.job)):
+        return _refuse(f"UPDATE_CODE: {other}")
+    found = take(options.source, directory, options.update, _config_files(options.flags))
     if found.made:
         _say(f"code: copied from {options.source} to {found.path}")
-    elif found.differs:
-        _say(f"code: this run goes on with its own copy, {found.path}, which differs from {options.source}: UPDATE_CODE=1 takes that")
+    for name in found.differs:
+        _say(f"code: this run goes on with its own copy, {found.path}, which differs from {name}: UPDATE_CODE=1 takes that")
     _answer(CODE=found.path)
     return 0
 
@@ -88,7 +100,13 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
     used = fit(config, len(nodes), options.processes_per_node)
     if (stop := decide.stop_file(config)) is not None:
         _say(f"{stop} is there: remove it and submit the job again to train on")
-        return NOTHING_TO_DO
+        return STOPPED
+    if other := _at_work(config.run_directory.absolute(), options.job):
+        return _refuse(other)
+    before, chain = attempts.read(config.run_directory), options.chain or options.job
+    if config.resume == "never" and any(attempt.chain == chain for attempt in before):
+        # That was asked of the first start; what is there by now is this run's own.
+        config = dataclasses.replace(config, resume="auto")
     problems, model, manifest = examine(config, used.processes)
     warnings: list[str] = []
     if not problems:
@@ -97,12 +115,11 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
         if outlook.complete:
             _mark_finished(config)
             _say(f"{config.run_directory} is complete: all {config.train.steps} steps are done")
-            return NOTHING_TO_DO
+            return COMPLETE
     if problems:
         notify.tell(config, "failure", 0, "the run cannot start:\n" + "\n".join(problems))
         return _refuse("\n".join(problems))
-    step, chain = decide.newest_step(config), options.chain or options.job
-    before = attempts.read(config.run_directory)
+    step = decide.newest_step(config)
     if given_up := decide.give_up(decide.starts_without_progress(before, chain, step), options.tries, step):
         notify.tell(config, "failure", step, given_up)
         _say(f"error: {given_up}")
@@ -122,14 +139,19 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
         ),
     )  # fmt: skip
     folder = _folder(options, config)
+    # An interactive job may start a run twice.
+    for name in OF_ONE_START:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "preflight", ignore_errors=True)
     provenance.write(folder)
     _answer(
         TRAIN_NODES=used.nodes, STEP=step, STEPS=config.train.steps, START_DIRECTORY=folder, QSPARSE_OUTCOME=_outcome_file(folder),
-        DATA=Path(config.data.path).absolute(), DEVICE=config.device,
+        DATA=Path(config.data.path).absolute(), DEVICE=config.device, RESUME=config.resume,
         JOURNAL_ONLY=1 if config.tracking.enabled and not config.tracking.uri and not os.environ.get("MLFLOW_TRACKING_URI") else "",
         # One queue keeps the order in which Megatron issues communication and computation of tensor parallelism; ZeRO-3
-        # overlaps gathering with computing, which one queue would forbid.
-        CUDA_DEVICE_MAX_CONNECTIONS=1 if config.parallel.tensor > 1 and config.zero.stage < 3 else "",
+        # overlaps gathering with computing, which one queue would forbid. The user may know better.
+        CUDA_DEVICE_MAX_CONNECTIONS=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+        or (1 if config.parallel.tensor > 1 and config.zero.stage < 3 else ""),
     )  # fmt: skip
     return 0
 
@@ -138,8 +160,9 @@ def _end(options: argparse.Namespace, config: PretrainConfig) -> int:
     chain = options.chain or options.job
     said = outcome.read(_outcome_file(_folder(options, config)))
     before = attempts.read(config.run_directory)
-    decision = decide.after(config, options.status, options.signal, said, before, chain, options.tries, options.reason)
-    if options.cancelled and decision.kind == "again":
+    preempted = options.fate in PREEMPTED
+    decision = decide.after(config, options.status, options.signal, said, before, chain, options.tries, options.reason, preempted)
+    if options.fate == CANCELLED and decision.kind == "again":
         decision = decide.Decision("stopped", f"the job was cancelled; {decision.reason}")
     if decision.kind == "finished":
         _mark_finished(config)
@@ -150,11 +173,34 @@ def _end(options: argparse.Namespace, config: PretrainConfig) -> int:
         config.run_directory,
         Attempt(
             job=options.job, restart=options.restart, began=0, step=0, ended=time.time(), ended_step=decide.newest_step(config),
-            outcome=decision.kind, preempted=options.signal == "TERM", reason=decision.reason,
+            outcome=decision.kind, preempted=preempted, reason=decision.reason,
         ),
     )  # fmt: skip
     _answer(OUTCOME=decision.kind, REASON=decision.reason)
     return 0
+
+
+def _at_work(directory: Path, job: str) -> str | None:
+    """Says that another job trains in this directory; None where none is known to. It is only the training processes that take it."""
+    from pretrain.lease import Lease
+    from pretrain.status import queue
+
+    try:
+        _, owner = Lease(directory).newest()
+    except OSError:
+        return None
+    if owner is None or owner.job in ("", job):
+        return None
+    found = (queue.ask([owner.job]) or {}).get(owner.job)
+    if found is None or found.state != "RUNNING":
+        return None
+    return f"{directory} is in use by {owner}: end that run, or choose another output_dir"
+
+
+def _config_files(flags: list[str]) -> list[str]:
+    """Values of --config, in order."""
+    named = [value for flag, value in zip(["", *flags], flags, strict=False) if flag == "--config" or value.startswith("--config=")]
+    return [value.removeprefix("--config=") for value in named]
 
 
 def _folder(options: argparse.Namespace, config: PretrainConfig) -> Path:
@@ -162,7 +208,7 @@ def _folder(options: argparse.Namespace, config: PretrainConfig) -> Path:
 
 
 def _outcome_file(folder: Path) -> Path:
-    return folder / "outcome.json"
+    return folder / outcome.NAME
 
 
 def _mark_finished(config: PretrainConfig) -> None:

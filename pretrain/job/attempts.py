@@ -1,7 +1,7 @@
 """RUN_DIR/slurm/attempts.jsonl: each start of the run by a Slurm job, and how it ended.
 
 One JSON object a line, appended: `begin` before the training processes start, `end` after them. A start without an end was killed, and
-taken back by Slurm where its folder has the mark that slurm/lib/survive.sh leaves.
+preempted where its folder has the mark that slurm/lib/survive.sh leaves.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ FOLDER = "slurm"
 """In the run directory: what jobs keep there."""
 NAME = "attempts.jsonl"
 PREEMPTED_NAME = "preempted"
-"""RUN_DIR/slurm/JOB.RESTART/preempted: the job was sent TERM; the end may never have been written down."""
+"""RUN_DIR/slurm/JOB.RESTART/preempted: Slurm took the nodes back; the end may never have been written down."""
 SUCCESSOR_NAME = "successor"
 """RUN_DIR/slurm/JOB.RESTART/successor: the number of the job that goes on from this one, where it is another one."""
 FORMAT_VERSION = 1
@@ -77,11 +77,13 @@ def read(run_directory: Path) -> list[Attempt]:
     known = {item.name for item in dataclasses.fields(Attempt)}
     for line in _lines(path(run_directory)):
         values = {name: value for name, value in line.items() if name in known}
-        with contextlib.suppress(TypeError, KeyError):
+        with contextlib.suppress(TypeError, KeyError, StopIteration):
             if line["event"] == "begin":
                 found.append(Attempt(**values))
-            elif found and (found[-1].job, found[-1].restart) == (line["job"], line["restart"]):
-                found[-1] = dataclasses.replace(found[-1], **values)
+            else:
+                # Another job's start may have begun meanwhile, to be refused.
+                which = next(i for i in reversed(range(len(found))) if (found[i].job, found[i].restart) == (line["job"], line["restart"]))
+                found[which] = dataclasses.replace(found[which], **values)
     for attempt in found:
         if attempt.ended is None and (run_directory / FOLDER / f"{attempt.job}.{attempt.restart}" / PREEMPTED_NAME).exists():
             attempt.preempted = True

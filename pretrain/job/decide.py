@@ -39,8 +39,9 @@ def newest_step(config: PretrainConfig) -> int:
 def starts_without_progress(attempts: Sequence[Attempt], chain: str, step: int) -> int:
     """How many starts of these jobs in a row, up to now, ended without a checkpoint behind `step`; preemption is nobody's fault."""
     count = 0
-    for attempt in reversed(attempts):
-        if attempt.chain != chain or attempt.step != step:
+    # Another submission may have been refused in between.
+    for attempt in reversed([attempt for attempt in attempts if attempt.chain == chain]):
+        if attempt.step != step:
             break
         count += not attempt.preempted
     return count
@@ -56,12 +57,12 @@ def give_up(count: int, tries: int, step: int) -> str | None:
 
 def after(
     config: PretrainConfig, status: int, signalled: str, said: outcome.Outcome | None, attempts: Sequence[Attempt], chain: str, tries: int,
-    reason: str = "",
+    reason: str = "", preempted: bool = False,
 ) -> Decision:  # fmt: skip
     """What follows from how the training processes ended.
 
     status: of srun. signalled: what the job had been sent (USR1, TERM, or ""). said: by a process that cannot go on. attempts: with
-    the one that has ended, not yet marked as such. reason: why training was not begun.
+    the one that has ended, not yet marked as such. reason: why training was not begun. preempted: Slurm took the nodes back.
     """
     step = newest_step(config)
     if step >= config.train.steps:
@@ -72,7 +73,7 @@ def after(
         return Decision("failed", said.message)
     ended = reason or (f"{signalled} came" if signalled else f"the training processes ended with status {status}")
     why = f"{ended}; the newest complete checkpoint is of step {step}"
-    if signalled == "TERM":
+    if preempted:
         return Decision("again", why)
     if given_up := give_up(starts_without_progress(attempts, chain, step), tries, step):
         return Decision("failed", given_up)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "QSPARSE_OUTCOME"
+NAME = "outcome.json"
 REFUSED, STOPPED = 2, 1
 """Exit statuses of pretrain.train after which another start would end alike."""
 

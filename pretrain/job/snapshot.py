@@ -1,13 +1,15 @@
-"""The run's own copy of the code: RUN_DIR/code, made at the first start, from which every later start runs.
+"""The run's own copy of the code and of the files of settings: RUN_DIR/code, made at the first start, from which every later start runs.
 
 A job waits for days and is started again for weeks; meanwhile its user goes on editing. code.json in the copy says where it comes
 from, and code.diff what was not committed then.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,16 @@ from pretrain.tracking.environment import CODE_RECORD
 
 NAME = "code"
 DIFF_NAME = "code.diff"
+CONFIGS = "configs"
+"""In the copy: what --config names."""
 PACKAGES = ("megatron_qsparse", "pretrain", "data_tools", "slurm")
 """What is copied where git cannot tell: an installed package or an unpacked archive."""
 GIT_TIMEOUT_S = 60
-MAX_FILE_BYTES = 8 << 20
-"""An untracked file above that is no source."""
+SOURCES = (
+    ".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".env", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".html", ".css", ".js"
+)  # fmt: skip
+MAX_UNTRACKED_BYTES = 8 << 20
+"""A file that git does not track is code where it is one of these kinds, and not larger."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,33 @@ class Snapshot:
     path: Path
     made: bool
     """By this call."""
-    differs: bool
-    """From the checkout, which a start with UPDATE_CODE=1 would take."""
+    differs: tuple[str, ...] = ()
+    """What the copy differs from, which a start with UPDATE_CODE=1 would take: the checkout, files of settings."""
 
 
-def take(source: Path, run_directory: Path, update: bool = False) -> Snapshot:
+def take(source: Path, run_directory: Path, update: bool = False, configs: Sequence[str] = ()) -> Snapshot:
     """Copy the code of `source` into the run directory, unless there is a copy. Raises OSError.
 
-    update: replace a copy that is there; it is kept as code.N. Files that git does not track, and does not ignore, are code too.
+    update: replace a copy that is there; it is kept as code.N. configs: files of settings, as they were named; one that the copy lacks
+    is added to it. Files that git does not track, and does not ignore, are code too.
     """
     target = run_directory / NAME
-    if target.is_dir() and not update:
-        return Snapshot(target, made=False, differs=not _same(source, target))
-    if target.is_dir() and (source.resolve() == target.resolve() or _same(source, target)):
-        return Snapshot(target, made=False, differs=False)
+    configs = [name for name in configs if not Path(name).resolve().is_relative_to(target.resolve())]
+    if target.is_dir():
+        differing = _differing(source, target, configs)
+        if not (update and differing) or source.resolve() == target.resolve():
+            for name in configs:
+                if not config_copy(target, name).exists():
+                    _copy_config(name, target)
+            return Snapshot(target, made=False, differs=tuple(differing))
     make_directories(run_directory)
     partial = run_directory / f".{NAME}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     for name in files(source):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, partial / name, follow_symlinks=False)
+    for name in configs:
+        _copy_config(name, partial)
     _describe(source, partial)
     if target.is_dir():
         number = 1
@@ -56,46 +70,72 @@ def take(source: Path, run_directory: Path, update: bool = False) -> Snapshot:
         target.rename(run_directory / f"{NAME}.{number}")
     partial.rename(target)
     sync(run_directory)
-    return Snapshot(target, made=True, differs=False)
+    return Snapshot(target, made=True)
+
+
+def config_copy(code: Path, name: str) -> Path:
+    """Where the copy keeps the file that was called so; slurm/lib/launch.sh looks for it by the same rule."""
+    path = Path(name)
+    return code / CONFIGS / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{path.name}"
+
+
+def _copy_config(name: str, code: Path) -> None:
+    copy = config_copy(code, name)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(name, copy)
 
 
 def files(source: Path) -> list[str]:
     """Relative names of what belongs to the code, sorted."""
-    listed = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if listed is not None:
-        names = [name for name in listed.split("\0") if name]
-    else:
+    tracked = _git(source, "ls-files", "-z", "--cached")
+    if tracked is None:
         found = (path for package in PACKAGES for path in (source / package).rglob("*"))
-        names = [str(path.relative_to(source)) for path in found if "__pycache__" not in path.parts]
-    return sorted(name for name in names if (source / name).is_file() and (source / name).stat().st_size <= MAX_FILE_BYTES)
+        return sorted(str(path.relative_to(source)) for path in found if "__pycache__" not in path.parts and path.is_file())
+    names = [name for name in tracked.decode(errors="surrogateescape").split("\0") if name]
+    others = _git(source, "ls-files", "-z", "--others", "--exclude-standard") or b""
+    for name in others.decode(errors="surrogateescape").split("\0"):
+        if name.endswith(SOURCES) and (source / name).is_file() and (source / name).stat().st_size <= MAX_UNTRACKED_BYTES:
+            names.append(name)
+    return sorted(name for name in names if (source / name).is_file())
+
+
+def _differing(source: Path, copy: Path, configs: Sequence[str]) -> list[str]:
+    found = [] if _same(source, copy) else [str(source)]
+    for name in configs:
+        mine = config_copy(copy, name)
+        if mine.exists() and mine.read_bytes() != Path(name).read_bytes():
+            found.append(name)
+    return found
 
 
 def _same(source: Path, copy: Path) -> bool:
     """Whether the packages of both hold the same bytes: notes and tests may differ."""
-    return _contents(source) == _contents(copy)
+    return source.resolve() == copy.resolve() or _contents(source) == _contents(copy)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
     found = (path for package in PACKAGES for path in (folder / package).rglob("*"))
-    kept = [path for path in found if path.is_file() and "__pycache__" not in path.parts and path.name != "site.env"]
+    kept = [path for path in found if path.suffix in SOURCES and path.is_file() and path.name != "site.env"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
 def _describe(source: Path, copy: Path) -> None:
+    # Bytes: a change may be of a file in another encoding, and must apply as it is.
     commit, difference = _git(source, "rev-parse", "HEAD"), _git(source, "diff", "HEAD", "--binary")
-    known = {"git.commit": commit.strip(), "git.dirty": str(bool(_git(source, "status", "--porcelain"))).lower()} if commit else {}
+    known = {"git.commit": commit.decode().strip(), "git.dirty": str(bool(_git(source, "status", "--porcelain"))).lower()} if commit else {}
     if difference:
-        (copy / DIFF_NAME).write_text(difference)
+        (copy / DIFF_NAME).write_bytes(difference)
     made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     (copy / CODE_RECORD).write_text(json.dumps({"source": str(source.resolve()), "copied": made, **known}, indent=1) + "\n")
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> bytes | None:
     """Output; None where `folder` is not the top of a checkout, or there is no git."""
     if not (folder / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), *arguments]
+    # In a container the folder may seem to be somebody else's, which git refuses to read.
+    command = ["git", "-c", "safe.directory=*", "-C", str(folder), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=True, timeout=GIT_TIMEOUT_S).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=GIT_TIMEOUT_S).stdout
     except (OSError, subprocess.SubprocessError):
         return None

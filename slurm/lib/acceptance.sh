@@ -9,6 +9,7 @@ acceptance() {
     return
   fi
   enter_environment
+  known_launcher
   PROCESSES=$(processes) || exit 2
   node_environment
   rendezvous
@@ -69,8 +70,9 @@ kill_first_rank() {
     if [ "$steps" -gt "$after" ] && compgen -G "$run/checkpoints/step_????????" >/dev/null; then
       owner=$(cat "$run"/.owner/*.json)
       # Before Slurm 22.05 a step that overlaps waits for GPUs and memory nevertheless, unless it asks for none.
-      env -u SLURM_GPUS_PER_NODE timeout 60 srun --overlap --export=ALL --gres=none --mem=0 --nodes=1 --ntasks=1 \
-        --nodelist="$(field host "$owner" | cut -d. -f1)" bash -c "kill -KILL $(field pid "$owner")" || true
+      # Slurm may know the owner's machine by another name than its own.
+      env -u SLURM_GPUS_PER_NODE timeout 60 srun --overlap --export=ALL --gres=none --mem=0 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        bash -c "[ \$(uname -n) != '$(field host "$owner")' ] || kill -KILL $(field pid "$owner")" || true
       return
     fi
     sleep 0.1

@@ -11,6 +11,8 @@ source "$CODE/slurm/lib/launch.sh"
 source "$CODE/slurm/lib/preflight.sh"
 # shellcheck source=lib/survive.sh
 source "$CODE/slurm/lib/survive.sh"
+# shellcheck source=lib/go_on.sh
+source "$CODE/slurm/lib/go_on.sh"
 # shellcheck source=lib/pretrain.sh
 source "$CODE/slurm/lib/pretrain.sh"
 # shellcheck source=lib/tools.sh

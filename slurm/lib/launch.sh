@@ -24,7 +24,22 @@ training_flags() {
     run=$(flag tracking.run_name)
     FLAGS=(--output_dir "$QSPARSE_RUNS/${run:-$name}" "${FLAGS[@]}")
   fi
-  has_flag config || FLAGS=(--config "$CODE/pretrain/configs/$config" "${FLAGS[@]}")
+  has_flag config || FLAGS=(--config "$ORIGIN/pretrain/configs/$config" "${FLAGS[@]}")
+  use_copied_settings
+}
+
+# The run's own copies of files of settings, where it has them; pretrain.job.snapshot.config_copy has the same rule.
+use_copied_settings() {
+  local i value copy last=""
+  for i in "${!FLAGS[@]}"; do
+    value=""
+    [[ ${FLAGS[i]} != --config=* ]] || value=${FLAGS[i]#--config=}
+    [[ $last != --config ]] || value=${FLAGS[i]}
+    last=${FLAGS[i]}
+    [ -n "$value" ] || continue
+    copy=$CODE/configs/$(printf %s "$value" | sha256sum | cut -c1-8)-$(basename "$value")
+    [ ! -r "$copy" ] || FLAGS[i]=${FLAGS[i]%"$value"}$copy
+  done
 }
 
 has_flag() {
@@ -48,7 +63,7 @@ take_code() {
   local answer
   answer=$(inside python -m pretrain.job directory -- "${FLAGS[@]}") || leave $?
   eval "$answer"
-  answer=$(inside python -m pretrain.job code --source "$ORIGIN" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave $?
+  answer=$(inside python -m pretrain.job code --source "$ORIGIN" --job "$SLURM_JOB_ID" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave $?
   eval "$answer"
   if ! { mkdir -p "$(dirname "$JOB_NOTE")" && echo "$RUN_DIRECTORY" >"$JOB_NOTE"; } 2>/dev/null; then
     say "warning: $JOB_NOTE cannot be written: this job's next start begins with the code of $ORIGIN"
@@ -64,6 +79,7 @@ begin() {
   eval "$answer"
   export QSPARSE_OUTCOME CUDA_DEVICE_MAX_CONNECTIONS
   [ -n "$CUDA_DEVICE_MAX_CONNECTIONS" ] || unset CUDA_DEVICE_MAX_CONNECTIONS
+  [ "$(flag resume)" != never ] || FLAGS+=(--resume "$RESUME")
   if [ -n "$JOURNAL_ONLY" ]; then
     FLAGS+=(--tracking.enabled false)
     say "no MLFLOW_TRACKING_URI: metrics stay in $RUN_DIRECTORY; ship them with: python -m pretrain.tracking sync $RUN_DIRECTORY"
@@ -108,7 +124,9 @@ node_environment() {
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor} CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$cache/cuda}
   export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib} XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache/xdg}
-  export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  use_code
+  # Slurm's KILL is the bound, after its KillWait or the partition's GraceTime; torchrun's own is 30 s.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
   export QSPARSE_PREBUILT=${QSPARSE_PREBUILT:-$ORIGIN/.prebuilt} QSPARSE_CACHE=$cache
   # sbatch's own are not inherited by srun since Slurm 22.05.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -133,15 +151,16 @@ on_nodes() {
     --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${options[@]}" "$@"
 }
 
+LAUNCHER=${LAUNCHER:-torchrun}
+known_launcher() {
+  [[ $LAUNCHER =~ ^(torchrun|srun)$ ]] || refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun"
+}
+
 # The training processes; STEP_PID is srun's.
 launch() {
   local before=() script=node tasks=1
   mapfile -t before < <(wrapper)
-  case ${LAUNCHER:=torchrun} in
-    torchrun) ;;
-    srun) script=rank tasks=$PROCESSES ;;
-    *) refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun" ;;
-  esac
+  [ "$LAUNCHER" = torchrun ] || script=rank tasks=$PROCESSES
   say "training from step $STEP of $STEPS: $TRAIN_NODES nodes x $PROCESSES processes, started by $LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
   export START_DIRECTORY TRAIN_NODES PROCESSES
   mkdir -p "$START_DIRECTORY/ranks"

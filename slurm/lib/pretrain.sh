@@ -14,10 +14,11 @@ run_job() {
   local name=$1 config=$2 status=0
   shift 2
   watch_signals
+  continue_by
+  known_launcher
   enter_environment
   training_flags "$name" "$config" "$@"
   say "job $SLURM_JOB_ID, start $((SLURM_RESTART_COUNT + 1)), nodes: $(nodes | paste -sd' ')"
-  continue_by
   if [ -n "${DRY_RUN:-}" ]; then
     show_plan
     exit 0
@@ -25,13 +26,14 @@ run_job() {
   take_code
   training_flags "$name" "$config" "$@"
   node_environment
+  rendezvous
   begin || status=$?
   case $status in
     0) ;;
-    3) leave 0 ;; # nothing to do
+    3) leave 0 ;;                # complete
+    5) leave "$UNFINISHED" ;;    # somebody has stopped it
     *) leave "$status" ;;
   esac
-  rendezvous
   record_nodes
   preflight
   train

@@ -2,7 +2,7 @@
 # LAUNCHER=srun: one training process. Arguments are its own.
 set -euo pipefail
 trap "" USR1
-[ "$SLURM_LOCALID" != 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/caches.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/caches.sh"
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS NODE_RANK=$SLURM_NODEID
 export LOCAL_WORLD_SIZE=$PROCESSES
 # What copies the output must outlive the signals that end the process.

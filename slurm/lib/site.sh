@@ -34,12 +34,17 @@ mounts() {
 
 # One a line. What is written to must be there before it is mounted: else it would be written into the container.
 seen_folders() {
-  local output
+  local output word
   output=$(flag output_dir)
+  output=${output:-$(flag output)}
   output=$(absolute "${output:+$(dirname "$output")}")
-  mkdir -p ${QSPARSE_RUNS:+"$QSPARSE_RUNS"} ${output:+"$output"}
-  printf '%s\n' "$PWD" "$ORIGIN" "$CODE" "${QSPARSE_DATA:-}" "${QSPARSE_RUNS:-}" "$(scratch)" "$output" \
-    "$(absolute "$(flag data.path)")" "$(absolute "$(flag config)")"
+  for word in "${QSPARSE_RUNS:-}" "$output"; do [ -z "$word" ] || mkdir -p "$word"; done
+  printf '%s\n' "$PWD" "$ORIGIN" "$CODE" "${QSPARSE_DATA:-}" "${QSPARSE_RUNS:-}" "$(scratch)" "$output"
+  # Whatever the script's arguments name: shards, a file of settings, corpora, a checkpoint to start from.
+  for word in "${ARGUMENTS[@]}"; do
+    [[ $word != --*=* ]] || word=${word#*=}
+    [[ ! $word =~ [^/] || ! -e $word ]] || absolute "$word"
+  done
 }
 
 absolute() { [[ -z $1 || $1 == /* ]] && echo "$1" || echo "$PWD/$1"; }
@@ -55,18 +60,24 @@ wrapper() {
   [ -z "${QSPARSE_APPTAINER:-}" ] || printf '%s\n' apptainer exec --nv --bind "$(mounts)" "$QSPARSE_APPTAINER"
 }
 
+# CODE comes before everything else, and the working directory, which `python -m` would put first, comes last: it may be the checkout,
+# edited meanwhile, or hold a sparsifier of the user's.
+use_code() {
+  export PYTHONSAFEPATH=1 PYTHONPATH="$CODE:${PYTHONPATH:+$PYTHONPATH:}$PWD"
+}
+
 # Run a command in that environment, on this node.
 inside() {
   local before=()
   inside_words
-  PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" "${before[@]}" "$@"
+  (use_code && "${before[@]}" "$@")
 }
 
 # The same instead of this shell: signals for a command in the background are its own.
 inside_exec() {
   local before=()
   inside_words
-  export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  use_code
   exec "${before[@]}" "$@"
 }
 

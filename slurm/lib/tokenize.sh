@@ -58,7 +58,7 @@ tokenize_again() {
   say "USR1: goes on in this job: scontrol requeue $(this_job)"
   # It ends all processes of this element, this one as well.
   trap "" TERM
-  timeout 60 scontrol requeue "$(this_job)" && exit 0
+  patiently scontrol requeue "$(this_job)" && exit 0
   say "error: the job cannot be requeued: submit the same job again, finished work is kept"
   exit 1
 }

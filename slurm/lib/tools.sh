@@ -8,6 +8,7 @@ tool() {
     return
   fi
   enter_environment
+  FLAGS=("${ARGUMENTS[@]}")
   inside "$@"
 }
 
@@ -25,7 +26,7 @@ mlflow_server() {
   exec 9>"$folder/lock"
   flock --nonblock 9 || die "another server uses $folder: end it (scancel), or choose another QSPARSE_MLFLOW"
   address=$(address_of "$SLURMD_NODENAME") port=$((10000 + SLURM_JOB_ID % 20000))
-  trap 'say "USR1: going on in the next start"; end_process "$server"; scontrol requeue "$(this_job)"; exit 0' USR1
+  trap 'say "USR1: going on in the next start"; end_process "$server"; patiently scontrol requeue "$(this_job)"; exit 0' USR1
   trap 'end_process "$server"; exit 0' TERM
   export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
   inside_exec python -m mlflow server --host 0.0.0.0 --port "$port" --allowed-hosts "$address:$port,localhost:*,127.0.0.1:*" \

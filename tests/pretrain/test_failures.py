@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pretrain.blackboard import Blackboard
 from pretrain.callbacks.signals import AGAIN_S
+from pretrain.job.outcome import VARIABLE
 from pretrain.lease import FOLDER, Owner
 from pretrain.status import facts, state
 from tests.pretrain import notified
@@ -72,6 +73,32 @@ def test_the_failing_rank_says_what_it_did(shards, tmp_path, where, rank, doing)
     ((event, _, _, step, message),) = notified.told(tmp_path / "run")
     assert (event, step) == ("failure", "3") and message.startswith(f"rank {rank} (")
     assert message.endswith(f") failed in step 3: {doing}: ArithmeticError: a fault of this test")
+
+
+@dataclass(frozen=True)
+class LinkFails:
+    """One rank's connection breaks while the ranks meet."""
+
+    outcome: str
+
+    def __call__(self, rank: int) -> None:
+        os.environ[VARIABLE] = self.outcome
+        if rank == 1:
+            dist.init_process_group = self._fail
+
+    @staticmethod
+    def _fail(*_, **__):
+        raise dist.DistStoreError("a fault of this test")
+
+
+def test_a_failure_while_the_ranks_meet_is_no_refusal(shards, tmp_path):
+    """Another start of the job may well succeed."""
+    outcome = tmp_path / "outcome.json"
+    arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS]
+    with training(*arguments, before=LinkFails(str(outcome))) as process:
+        process.processes[1].join(60)
+        assert process.processes[1].exitcode == 1 and not outcome.exists()
+        assert ") failed meeting the other ranks\nTraceback" in process.output and "DistStoreError: a fault" in process.output
 
 
 def _hang(fault: Fault, told: str, *marks):

@@ -9,6 +9,7 @@ import pytest
 from pretrain.callbacks.switches import LOOK_S
 from pretrain.job import attempts
 from tests.pretrain.finished import Finished
+from tests.pretrain.forked import GRACE_S
 from tests.slurm import cluster as module
 from tests.slurm.jobs import START_S, flags, submit, tracked
 
@@ -98,6 +99,54 @@ def test_preempted_where_preemption_cancels(cluster, shards, database, unbroken,
 
 
 @pytest.mark.slurm
+def test_preempted_where_a_job_is_not_put_back(cluster, shards, database, unbroken, tmp_path):
+    """Its successor is submitted before Slurm ends it."""
+    options = ("--nodes=2", "--partition=cheap", "--no-requeue", "--job-name=a name")
+    job = start(cluster, tmp_path, shards, database, options=options, env={"SBATCH_EXPORT": "ALL"})
+    job.until_waiting()
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "-o", "/dev/null", "--wrap", "srun true", cwd=tmp_path)
+    job.until_said("goes on in job ")
+    job.go_on()
+    assert job.wait()["JobState"] == "PREEMPTED" and cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    job.id = re.findall(r"goes on in job (\d+)", job.log)[0]
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    assert [found.preempted for found in attempts.read(job.run)] == [True, False]
+
+
+@pytest.mark.slurm
+def test_a_grace_time_is_there_to_save(cluster, shards, database, unbroken, tmp_path):
+    """A step and a save that take longer than torchrun waits by itself."""
+    job = start(cluster, tmp_path, shards, database, options=("--nodes=2", "--partition=gentle"))
+    job.until_waiting()
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "-o", "/dev/null", "--wrap", "srun true", cwd=tmp_path)
+    job.until_said("SIGTERM: finishing the step")
+    time.sleep(GRACE_S + 3)
+    job.go_on()
+    job.until(lambda: job.restarts() == 1, "requeued")
+    assert cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    assert "going on after step 5" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+    assert attempts.read(job.run)[0].preempted
+
+
+@pytest.mark.slurm
+def test_stopped_by_its_switch(cluster, shards, database, unbroken, tmp_path):
+    """Not for good, and not as if it were done."""
+    job = start(cluster, tmp_path, shards, database)
+    job.until_waiting()
+    (job.run / "STOP").touch()
+    time.sleep(LOOK_S)
+    job.go_on()
+    assert (job.wait()["ExitCode"], job.restarts()) == ("75:0", 0) and "STOP is there: remove it and submit the job again" in job.log
+    again = start(cluster, tmp_path, shards, database)
+    assert (again.wait()["ExitCode"], again.restarts()) == ("75:0", 0)
+    (job.run / "STOP").unlink()
+    assert "going on after step 5" in start(cluster, tmp_path, shards, database, fault="").finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
+
+
+@pytest.mark.slurm
 def test_cancelled(cluster, shards, database, tmp_path):
     """By its user: it saves, and does not go on."""
     job = start(cluster, tmp_path, shards, database)
@@ -107,7 +156,7 @@ def test_cancelled(cluster, shards, database, tmp_path):
     job.go_on()
     assert job.wait()["JobState"] == "CANCELLED"
     (only,) = attempts.read(job.run)
-    assert (only.outcome, only.ended_step, only.preempted) == ("stopped", 5, True) and job.restarts() == 0
+    assert (only.outcome, only.ended_step, only.preempted) == ("stopped", 5, False) and job.restarts() == 0
     assert "stopped: the job was cancelled; TERM came; the newest complete checkpoint is of step 5" in job.log
 
 
@@ -151,6 +200,7 @@ def test_at_the_time_limit_itself(cluster, shards, database, unbroken, tmp_path)
     job.until(lambda: job.restarts() == 1, "requeued")
     assert "going on after step 5" in job.finish()
     assert Finished.read(tmp_path).differences(unbroken) == []
+    assert not attempts.read(job.run)[0].preempted, "starts that end so without a checkpoint count"
 
 
 @pytest.mark.slurm
@@ -175,7 +225,8 @@ def test_a_rank_fails_at_the_same_step_each_time(cluster, shards, database, tmp_
 
 @pytest.mark.slurm
 def test_srun_starts_every_rank(cluster, shards, database, unbroken, tmp_path):
-    job = start(cluster, tmp_path, shards, database, env={"LAUNCHER": "srun"})
+    env = {"LAUNCHER": "srun", "PREFLIGHT": "1", "QSPARSE_PREFLIGHT_FRACTION": "0.25"}
+    job = start(cluster, tmp_path, shards, database, env=env)
     job.until_waiting()
     job.signal("--batch", "--signal=USR1")
     job.until_said("USR1: the training processes are to finish")

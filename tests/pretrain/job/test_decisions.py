@@ -53,13 +53,14 @@ class TestStartsWithoutProgress:
         assert decide.starts_without_progress(history, "1", 3) == 2
         assert decide.starts_without_progress(history, "1", 6) == 0
 
-    def test_those_of_earlier_submissions_do_not(self):
+    def test_those_of_other_submissions_do_not(self):
         assert decide.starts_without_progress([attempt(chain="0"), attempt(chain="0"), attempt()], "1", 0) == 1
+        assert decide.starts_without_progress([attempt(), attempt(chain="0"), attempt()], "1", 0) == 2
 
     def test_preemption_does_not(self):
         assert decide.starts_without_progress([attempt(preempted=True)] * 5 + [attempt()], "1", 0) == 1
 
-    def test_a_start_that_was_sent_term_and_never_ended_was_preempted(self, tmp_path):
+    def test_a_start_with_the_mark_that_never_ended_was_preempted(self, tmp_path):
         attempts.begin(tmp_path, attempt(job="7"))
         assert not attempts.read(tmp_path)[0].preempted
         (tmp_path / attempts.FOLDER / "7.0").mkdir()
@@ -75,9 +76,8 @@ class TestStartsWithoutProgress:
 
 
 class TestAfter:
-    def after(self, tmp_path, status=1, signalled="", said=None, history=(), **more):
-        flags = [f"--{name}={value}" for name, value in more.items()]
-        return decide.after(config("--output_dir", tmp_path, *flags), status, signalled, said, [*history, attempt()], "1", 3)
+    def after(self, tmp_path, status=1, signalled="", said=None, history=(), preempted=False):
+        return decide.after(config("--output_dir", tmp_path), status, signalled, said, [*history, attempt()], "1", 3, "", preempted)
 
     def test_goes_on(self, tmp_path):
         assert self.after(tmp_path).kind == "again"
@@ -91,7 +91,9 @@ class TestAfter:
         history = [attempt(), attempt()]
         assert self.after(tmp_path, history=history).kind == "failed"
         assert self.after(tmp_path, status=0, signalled="USR1", history=history).kind == "failed"
-        assert self.after(tmp_path, signalled="TERM", history=history).kind == "again"
+        # At the time limit, or for a node that is lost each time.
+        assert self.after(tmp_path, signalled="TERM", history=history).kind == "failed"
+        assert self.after(tmp_path, signalled="TERM", history=history, preempted=True).kind == "again"
 
     def test_the_switch(self, tmp_path):
         (tmp_path / "STOP").touch()
@@ -108,6 +110,14 @@ class TestAccount:
         found = attempts.read(tmp_path)
         assert found[0] == dataclasses.replace(first, ended=9.0, ended_step=3, outcome="again", reason="why", preempted=True)
         assert (found[1].restart, found[1].ended) == (1, None)
+
+    def test_an_end_belongs_to_its_start(self, tmp_path):
+        """A second submission is refused while the first trains, and neither takes the other's place."""
+        attempts.begin(tmp_path, attempt(job="7"))
+        attempts.begin(tmp_path, attempt(job="8"))
+        attempts.end(tmp_path, attempt(job="7", ended=1.0, ended_step=3, outcome="again"))
+        attempts.end(tmp_path, attempt(job="9", ended=2.0, outcome="failed"))
+        assert [(found.job, found.ended) for found in attempts.read(tmp_path)] == [("7", 1.0), ("8", None)]
 
     def test_survives_a_line_that_a_kill_cut_short(self, tmp_path):
         attempts.begin(tmp_path, attempt())

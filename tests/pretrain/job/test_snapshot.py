@@ -1,13 +1,17 @@
 """The run's own copy of the code, and what is written of where it comes from."""
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from pretrain.job import provenance
-from pretrain.job.snapshot import take
+from pretrain.job.snapshot import config_copy, take
 from pretrain.tracking.environment import _copied
+
+SCRIPTS = Path(__file__).parents[3] / "slurm"
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def checkout(tmp_path):
 
 def _git(folder, *arguments):
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True, errors="replace").stdout
 
 
 def test_is_made_once_with_what_is_not_committed(checkout, tmp_path):
@@ -42,10 +46,10 @@ def test_is_made_once_with_what_is_not_committed(checkout, tmp_path):
     assert _copied(made.path / "pretrain" / "tracking") == {"git.commit": record["git.commit"], "git.dirty": "true"}
 
     again = take(checkout, run)
-    assert (again.made, again.differs) == (False, False)
+    assert (again.made, again.differs) == (False, ())
     (checkout / "pretrain" / "train.py").write_text("third\n")
     later = take(checkout, run)
-    assert (later.made, later.differs) == (False, True)
+    assert (later.made, later.differs) == (False, (str(checkout),))
     assert (run / "code" / "pretrain" / "train.py").read_text() == "second\n"
 
 
@@ -57,6 +61,42 @@ def test_is_replaced_on_purpose_and_kept(checkout, tmp_path):
     assert not take(checkout, run, update=True).made
     texts = [(run / name / "pretrain" / "train.py").read_text() for name in ("code", "code.1", "code.2")]
     assert texts == ["third\n", "first\n", "second\n"]
+
+
+def test_files_of_settings_are_part_of_it(checkout, tmp_path, monkeypatch):
+    run, mine, other = tmp_path / "run", tmp_path / "my settings.yaml", tmp_path / "other.yaml"
+    mine.write_text("seed: 1\n")
+    made = take(checkout, run, configs=[str(mine)])
+    copy = config_copy(made.path, str(mine))
+    assert copy.read_text() == "seed: 1\n" and take(checkout, run, configs=[str(copy)]).differs == ()
+    mine.write_text("seed: 2\n")
+    other.write_text("")
+    again = take(checkout, run, configs=[str(mine), str(other)])
+    assert (again.made, again.differs, copy.read_text()) == (False, (str(mine),), "seed: 1\n")
+    assert config_copy(made.path, str(other)).exists()
+    assert take(checkout, run, update=True, configs=[str(mine)]).made and copy.read_text() == "seed: 2\n"
+    command = f'source {SCRIPTS}/lib.sh; CODE={made.path} FLAGS=("$@"); use_copied_settings; printf "%s\\n" "${{FLAGS[@]}}"'
+    words = ["--a", "1", f"--config={mine}", "--config", str(mine), "--b", "2"]
+    told = subprocess.run(["bash", "-c", command, "-", *words], check=True, capture_output=True, text=True, env={"PATH": os.defpath})
+    assert told.stdout.splitlines() == ["--a", "1", f"--config={copy}", "--config", str(copy), "--b", "2"]
+
+
+def test_a_change_in_another_encoding_applies(checkout, tmp_path):
+    changed = checkout / "pretrain" / "train.py"
+    changed.write_bytes(b"caf\xe9\r\n")
+    copy = take(checkout, tmp_path / "run").path
+    assert b"+caf\xe9\r\n" in (copy / "code.diff").read_bytes()
+    _git(checkout, "checkout", "-q", "--", ".")
+    _git(checkout, "apply", str(copy / "code.diff"))
+    assert changed.read_bytes() == b"caf\xe9\r\n"
+
+
+def test_what_is_no_code_is_not_copied(checkout, tmp_path):
+    for name in ("corpus.jsonl", "job-7.out", "pretrain/notes.txt"):
+        (checkout / name).write_text("text\n")
+    found = take(checkout, tmp_path / "run")
+    assert not any((found.path / name).exists() for name in ("corpus.jsonl", "job-7.out", "pretrain/notes.txt"))
+    assert take(checkout, tmp_path / "run").differs == ()
 
 
 def test_without_git_the_packages_are_copied(checkout, tmp_path):
