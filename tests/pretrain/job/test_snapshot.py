@@ -29,7 +29,8 @@ def checkout(tmp_path):
 
 def _git(folder, *arguments):
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True, errors="replace").stdout
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
 
 
 def test_is_made_once_with_what_is_not_committed(checkout, tmp_path):
