@@ -32,6 +32,20 @@ die() {
   exit 2
 }
 
+# The script's own first lines, and what it asks Slurm for.
+show_help() {
+  sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$JOB_SCRIPT"
+  echo "It asks Slurm for what follows; options of sbatch before the script win, flags behind it are the command's."
+  sed -n 's/^#SBATCH /  /p' "$JOB_SCRIPT"
+  echo "DRY_RUN=1 bash $JOB_SCRIPT shows what would run. Settings of the site: slurm/site.env. Flags of training: python -m pretrain.train --help"
+}
+for word in "$@"; do
+  if [[ $word =~ ^(-h|--help)$ ]]; then
+    show_help
+    exit 0
+  fi
+done
+
 if [ -r "${QSPARSE_SITE:-$ORIGIN/slurm/site.env}" ]; then
   # shellcheck source=site.env
   source "${QSPARSE_SITE:-$ORIGIN/slurm/site.env}"

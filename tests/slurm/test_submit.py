@@ -77,6 +77,13 @@ def test_the_way_to_go_on_is_chosen_from_the_cluster(tmp_path):
     assert said.strip() == "singleton: this cluster has JobRequeue=0"
 
 
+def test_elements_of_a_sweep_are_runs_of_their_own(tmp_path):
+    """Whatever the site sets for other jobs."""
+    command = f"source {SCRIPTS}/lib.sh; QSPARSE_RUN_PER_ELEMENT=1 continue_by; echo $CONTINUE_BY"
+    done = subprocess.run(["bash", "-c", command], env={"PATH": "/usr/bin:/bin", "CONTINUE": "singleton"}, text=True, capture_output=True)
+    assert done.stdout.splitlines()[-1] == "requeue" and "CONTINUE=singleton is not for a sweep" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [("", "8 8"), ("--nodes=2-4", "2-4 8"), ("-N 16 --time 1", "16 8"), ("--gpus-per-node h100:4 --nodes 3", "3 h100:4")],
@@ -85,6 +92,12 @@ def test_what_is_asked_for_is_read_as_sbatch_does(options, expected):
     command = f"JOB_SCRIPT={SCRIPTS}/pretrain_7b_qsparse.sh; source {SCRIPTS}/lib.sh; echo $(requested nodes) $(requested gpus-per-node)"
     env = {"PATH": "/usr/bin:/bin", "QSPARSE_SBATCH": options}
     assert subprocess.run(["bash", "-c", command], env=env, text=True, capture_output=True, check=True).stdout.strip() == expected
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_help_submits_nothing(script):
+    done = subprocess.run(["bash", SCRIPTS / script, "--help"], env={"PATH": "/usr/bin:/bin"}, text=True, capture_output=True, check=True)
+    assert f"slurm/{script}" in done.stdout and "  --nodes=" in done.stdout
 
 
 def test_without_a_cluster_it_is_told(tmp_path):
