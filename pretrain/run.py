@@ -34,7 +34,7 @@ from pretrain.lease import Lease, LeaseLost
 from pretrain.progress import Progress
 from pretrain.recording import start_tracking
 from pretrain.resume import load, of_rank_0
-from pretrain.run_directory import own
+from pretrain.run_directory import STOP_NAME, own
 from pretrain.tracking import Tracker, settle
 from pretrain.trainer import RollBack, Stopped, Trainer, TrainerState
 from pretrain.validate import Validated
@@ -197,7 +197,8 @@ class Session:
         if trainer.finished and dist.get_rank() == 0:
             notify.tell(config, "finish", state.step, f"{config.run_directory}: all {state.step} steps are done")
         if trainer.stop_reason:
-            _say(f"{trainer.stop_reason}: checkpoint saved after step {state.step}; start again to go on from there")
+            remedy = "remove it and start again" if STOP_NAME in trainer.stop_reason else "start again"
+            _say(f"{trainer.stop_reason}: checkpoint saved after step {state.step}; {remedy} to go on from there")
         return None
 
     def _end(self, tracker: Tracker | None, status: str, save_wait_s: float = FAILURE_WAIT_S) -> None:

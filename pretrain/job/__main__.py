@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 from data_tools.arguments import Parser
-from pretrain import notify
+from pretrain import notify, run_directory
 from pretrain.config import ConfigurationError, PretrainConfig, parse
 from pretrain.job import attempts, decide, outcome, provenance
 from pretrain.job.attempts import Attempt
-from pretrain.job.fit import fit
+from pretrain.job.fit import Fit, fit
 from pretrain.job.snapshot import take
 
 REFUSED, COMPLETE, GIVEN_UP, STOPPED = 2, 3, 4, 5
@@ -56,14 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     code.add_argument("--update", action="store_true", help="replace a copy that is there")
     code.add_argument("--job", default="")
     code.set_defaults(run=_code)
+    fitting = commands.add_parser("fit", help="on how many of the nodes a start would train")
+    fitting.set_defaults(run=_fit)
     begin = commands.add_parser("begin", help="whether to start now, and on how many of the nodes")
-    begin.add_argument("--nodes", required=True, help="names of the allocated nodes, with spaces between")
-    begin.add_argument("--processes-per-node", type=int, required=True)
     begin.set_defaults(run=_begin)
+    for command in (fitting, begin):
+        command.add_argument("--nodes", required=True, help="names of the allocated nodes, with spaces between")
+        command.add_argument("--processes-per-node", type=int, required=True)
     end = commands.add_parser("end", help="how the start ended, and what follows")
     end.add_argument("--status", type=int, required=True, help="exit status of srun")
     end.add_argument("--signal", default="", choices=["", "USR1", "TERM"], help="what the job had been sent")
     end.add_argument("--fate", default="", choices=FATES, help="what Slurm has made of a job that was sent TERM")
+    end.add_argument("--ends-here", default="", metavar="WHY", help="nothing starts the run again after this job")
     end.add_argument("--reason", default="", help="why training was not begun")
     end.set_defaults(run=_end)
     for command in (begin, end):
@@ -83,12 +87,23 @@ def _code(options: argparse.Namespace, config: PretrainConfig) -> int:
     directory = config.run_directory.absolute()
     if options.update and (other := _at_work(directory, options.job)):
         return _refuse(f"UPDATE_CODE: {other}")
-    found = take(options.source, directory, options.update, _config_files(options.flags))
+    if found := run_directory.problems(directory):
+        return _refuse("\n".join(found))
+    with run_directory.writing(directory):
+        found = take(options.source, directory, options.update, _config_files(options.flags))
     if found.made:
-        _say(f"code: copied from {options.source} to {found.path}")
+        _say(f"code: copied from {options.source} to {found.path}{f'; the copy before is kept as {found.kept}' * bool(found.kept)}")
     for name in found.differs:
         _say(f"code: this run goes on with its own copy, {found.path}, which differs from {name}: UPDATE_CODE=1 takes that")
     _answer(CODE=found.path)
+    return 0
+
+
+def _fit(options: argparse.Namespace, config: PretrainConfig) -> int:
+    nodes = options.nodes.split()
+    used = fit(config, len(nodes), options.processes_per_node)
+    _tell_idle(nodes, used, config)
+    _answer(TRAIN_NODES=used.nodes)
     return 0
 
 
@@ -125,10 +140,7 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
         _say(f"error: {given_up}")
         return GIVEN_UP
     _say(*(f"warning: {warning}" for warning in warnings))
-    if used.nodes < len(nodes):
-        idle = " ".join(nodes[used.nodes :])
-        _say(f"{used.nodes} of {len(nodes)} nodes train, {used.data_parallel} data-parallel ranks: the global batch of "
-             f"{config.train.global_batch_size} does not divide among more; {idle} stays idle")  # fmt: skip
+    _tell_idle(nodes, used, config)
     _tell_change(before, used.processes, used.data_parallel)
     (config.run_directory / decide.FINISHED_NAME).unlink(missing_ok=True)
     attempts.begin(
@@ -164,6 +176,8 @@ def _end(options: argparse.Namespace, config: PretrainConfig) -> int:
     decision = decide.after(config, options.status, options.signal, said, before, chain, options.tries, options.reason, preempted)
     if options.fate == CANCELLED and decision.kind == "again":
         decision = decide.Decision("stopped", f"the job was cancelled; {decision.reason}")
+    elif options.ends_here and decision.kind == "again":
+        decision = decide.Decision("stopped", f"{decision.reason}; {options.ends_here}")
     if decision.kind == "finished":
         _mark_finished(config)
     if decision.kind == "failed" and (said is None or said.status == outcome.REFUSED):
@@ -213,6 +227,13 @@ def _outcome_file(folder: Path) -> Path:
 
 def _mark_finished(config: PretrainConfig) -> None:
     (config.run_directory / decide.FINISHED_NAME).write_text(f"{config.train.steps}\n")
+
+
+def _tell_idle(nodes: list[str], used: Fit, config: PretrainConfig) -> None:
+    if used.nodes < len(nodes):
+        idle = " ".join(nodes[used.nodes :])
+        _say(f"{used.nodes} of {len(nodes)} nodes train, {used.data_parallel} data-parallel ranks: the global batch of "
+             f"{config.train.global_batch_size} does not divide among more; {idle} stays idle")  # fmt: skip
 
 
 def _tell_change(before: list[Attempt], processes: int, data_parallel: int) -> None:

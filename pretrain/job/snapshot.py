@@ -6,6 +6,7 @@ from, and code.diff what was not committed then.
 
 import hashlib
 import json
+import secrets
 import shutil
 import subprocess
 import time
@@ -35,12 +36,16 @@ class Snapshot:
     path: Path
     made: bool
     """By this call."""
+    kept: str = ""
+    """Name of the copy before, where there was one."""
     differs: tuple[str, ...] = ()
     """What the copy differs from, which a start with UPDATE_CODE=1 would take: the checkout, files of settings."""
 
 
 def take(source: Path, run_directory: Path, update: bool = False, configs: Sequence[str] = ()) -> Snapshot:
-    """Copy the code of `source` into the run directory, unless there is a copy. Raises OSError.
+    """Copy the code of `source` into the run directory, unless there is a copy.
+
+    Raises OSError, and ValueError where files of a copy are gone.
 
     update: replace a copy that is there; it is kept as code.N. configs: files of settings, as they were named; one that the copy lacks
     is added to it. Files that git does not track, and does not ignore, are code too.
@@ -48,29 +53,61 @@ def take(source: Path, run_directory: Path, update: bool = False, configs: Seque
     target = run_directory / NAME
     configs = [name for name in configs if not Path(name).resolve().is_relative_to(target.resolve())]
     if target.is_dir():
+        if not update and (lost := _lost(target)):
+            raise ValueError(f"{target} is not complete, {lost} is missing: UPDATE_CODE=1 replaces it")
         differing = _differing(source, target, configs)
-        if not (update and differing) or source.resolve() == target.resolve():
+        if not (update and (differing or _lost(target))) or source.resolve() == target.resolve():
             for name in configs:
                 if not config_copy(target, name).exists():
                     _copy_config(name, target)
             return Snapshot(target, made=False, differs=tuple(differing))
     make_directories(run_directory)
-    partial = run_directory / f".{NAME}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    # Another job may begin the same run at the same moment.
+    partial = run_directory / f".{NAME}.{secrets.token_hex(4)}.partial"
+    try:
+        _make(source, partial, configs)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    kept = _put_aside(target) if update and target.is_dir() else ""
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.is_dir():
+            raise
+        return Snapshot(target, made=False)
+    sync(run_directory)
+    return Snapshot(target, made=True, kept=kept)
+
+
+def _make(source: Path, partial: Path, configs: Sequence[str]) -> None:
     for name in files(source):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, partial / name, follow_symlinks=False)
     for name in configs:
         _copy_config(name, partial)
     _describe(source, partial)
-    if target.is_dir():
-        number = 1
-        while (run_directory / f"{NAME}.{number}").exists():
-            number += 1
-        target.rename(run_directory / f"{NAME}.{number}")
-    partial.rename(target)
-    sync(run_directory)
-    return Snapshot(target, made=True)
+
+
+def _put_aside(target: Path) -> str:
+    """Under the next name that is free, which is returned."""
+    number = 1
+    while (target.parent / f"{NAME}.{number}").exists():
+        number += 1
+    target.rename(target.parent / f"{NAME}.{number}")
+    return f"{NAME}.{number}"
+
+
+def _lost(copy: Path) -> str | None:
+    """The first file of the copy that is not there any more; None where all are."""
+    try:
+        names = json.loads((copy / CODE_RECORD).read_text()).get("files", [])
+    except FileNotFoundError:
+        return CODE_RECORD
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((name for name in names if not (copy / name).exists()), None)
 
 
 def config_copy(code: Path, name: str) -> Path:
@@ -126,7 +163,9 @@ def _describe(source: Path, copy: Path) -> None:
     if difference:
         (copy / DIFF_NAME).write_bytes(difference)
     made = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    (copy / CODE_RECORD).write_text(json.dumps({"source": str(source.resolve()), "copied": made, **known}, indent=1) + "\n")
+    names = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
+    record = {"source": str(source.resolve()), "copied": made, **known, "files": names}
+    (copy / CODE_RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=True) + "\n")
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:

@@ -9,7 +9,7 @@ acceptance() {
     return
   fi
   enter_environment
-  known_launcher
+  check_settings
   PROCESSES=$(processes) || exit 2
   node_environment
   rendezvous

@@ -4,14 +4,26 @@
 # Exit status of a job whose run is neither finished nor goes on by itself (EX_TEMPFAIL): --dependency=afterok must not take it for done.
 UNFINISHED=75
 
-# The run starts once more. go_on STATUS
+# Why nothing starts this run again; nothing where something does.
+ends_here() {
+  [[ $FATE != requeued* ]] || return 0
+  case $CONTINUE_BY in
+    none) echo "CONTINUE=none: submit the job again to go on" ;;
+    array)
+      [ "$SLURM_ARRAY_TASK_ID" != "$SLURM_ARRAY_TASK_MAX" ] ||
+        echo "this was the last element of array $SLURM_ARRAY_JOB_ID: submit the job again to go on"
+      ;;
+  esac
+}
+
+# The run starts once more.
 go_on() {
-  local status=$1
   if [[ $FATE == requeued* || -n $REQUEUED ]]; then
     say "Slurm has put the job back into the queue"
     exit 0
   fi
   [ -z "$SUCCESSOR" ] || exit 0
+  [ -z "$(ends_here)" ] || exit "$UNFINISHED"
   case $CONTINUE_BY in
     requeue)
       say "goes on in this job: scontrol requeue $(this_job)"
@@ -28,18 +40,10 @@ go_on() {
       fi
       ;;
     array)
-      if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MAX" ]; then
-        say "this was the last element of array $SLURM_ARRAY_JOB_ID: submit the job again to go on"
-        exit $((status ? status : UNFINISHED))
-      fi
       say "goes on in the next element of array $SLURM_ARRAY_JOB_ID"
       exclude_bad_nodes "$SLURM_ARRAY_JOB_ID"
       ;;
     singleton) submit_successor || exit 1 ;;
-    none)
-      say "CONTINUE=none: submit the job again to go on"
-      exit $((status ? status : UNFINISHED))
-      ;;
   esac
   exit 0
 }
@@ -130,7 +134,7 @@ continue_by() {
 
 continue_why() {
   if [ -n "${CONTINUE:-}" ]; then
-    echo "as set"
+    echo "as set$([ "$CONTINUE_BY" != array ] || echo ", for jobs submitted with --array=1-20%1")"
   else
     echo "this cluster has JobRequeue=$(job_requeue)"
   fi

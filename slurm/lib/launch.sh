@@ -3,6 +3,22 @@
 
 nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
+LAUNCHER=${LAUNCHER:-torchrun}
+
+# What site.env or the user has set, before anything is done by it.
+check_settings() {
+  local name
+  [[ $LAUNCHER =~ ^(torchrun|srun)$ ]] || refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun"
+  for name in QSPARSE_TRIES QSPARSE_PROCESSES_PER_NODE; do
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$name=${!name} is no number from 1 on"
+  done
+  [[ ${PREFLIGHT:-1} =~ ^[01]$ ]] || refuse "PREFLIGHT=$PREFLIGHT is neither 0 nor 1"
+  name=${QSPARSE_PREFLIGHT_WAIT:-180}
+  [[ $name =~ ^[1-9][0-9]{1,4}$ && $name -ge 15 ]] || refuse "QSPARSE_PREFLIGHT_WAIT=$name is no number of seconds from 15 to 99999"
+  name=${QSPARSE_PREFLIGHT_FRACTION:-0.5}
+  [[ $name =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] || refuse "QSPARSE_PREFLIGHT_FRACTION=$name is no number between 0 and 1"
+}
+
 # Training processes of a node.
 processes() {
   # Slurm 20.11 does not count them.
@@ -82,7 +98,7 @@ begin() {
   [ "$(flag resume)" != never ] || FLAGS+=(--resume "$RESUME")
   if [ -n "$JOURNAL_ONLY" ]; then
     FLAGS+=(--tracking.enabled false)
-    say "no MLFLOW_TRACKING_URI: metrics stay in $RUN_DIRECTORY; ship them with: python -m pretrain.tracking sync $RUN_DIRECTORY"
+    say "no MLFLOW_TRACKING_URI: metrics stay in $RUN_DIRECTORY; ship them with: $(python_here) -m pretrain.tracking sync $RUN_DIRECTORY"
   fi
 }
 
@@ -149,11 +165,6 @@ on_nodes() {
   mapfile -t options < <(container)
   exec srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
     --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${options[@]}" "$@"
-}
-
-LAUNCHER=${LAUNCHER:-torchrun}
-known_launcher() {
-  [[ $LAUNCHER =~ ^(torchrun|srun)$ ]] || refuse "LAUNCHER=$LAUNCHER does not exist: use torchrun or srun"
 }
 
 # The training processes; STEP_PID is srun's.

@@ -9,6 +9,7 @@ preflight() {
   [ "${PREFLIGHT:-1}" != 0 ] && [ -z "$SIGNALLED" ] || return 0
   look_at_nodes "$START_DIRECTORY/preflight" --run-directory "$RUN_DIRECTORY" --data "$DATA" --device "$DEVICE" || status=$?
   [ "$status" != 0 ] || return 0
+  [ "$status" != 2 ] || leave 2
   bad=$(paste -sd' ' "$START_DIRECTORY/preflight/bad" 2>/dev/null || true)
   # None is named where looking itself went wrong: training would go wrong as well.
   after_training 0 "preflight: ${bad:-it ended with status $status, see above}"
@@ -23,9 +24,12 @@ look_at_nodes() {
   common=(--report "$folder" --nodes "$(nodes | head -n "$TRAIN_NODES" | paste -sd' ')" --timeout "$PREFLIGHT_WAIT")
   say "preflight: looking at $(nodes | head -n "$TRAIN_NODES" | paste -sd' ')"
   # A node that does not answer is found by what it does not report: nobody waits for it longer than the others take.
+  # 2 is for flags that do not exist, and no node's fault.
   (KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
     python -m pretrain.preflight node "${common[@]}" --address "$MASTER_ADDR" --port "$MASTER_PORT" --devices "$PROCESSES" \
-    --scratch "$(scratch)" "$@") || true
+    --scratch "$(scratch)" "$@") || status=$?
+  [ "$status" != 2 ] || return 2
+  status=0
   inside python -m pretrain.preflight judge "${common[@]}" --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
   return "$status"
 }
@@ -37,6 +41,7 @@ preflight_job() {
     submit_script
     return
   fi
+  check_settings
   enter_environment
   PROCESSES=$(processes) || exit 2
   TRAIN_NODES=$(nodes | wc -l) SIGNALLED=""

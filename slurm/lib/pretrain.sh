@@ -15,7 +15,7 @@ run_job() {
   shift 2
   watch_signals
   continue_by
-  known_launcher
+  check_settings
   enter_environment
   training_flags "$name" "$config" "$@"
   say "job $SLURM_JOB_ID, start $((SLURM_RESTART_COUNT + 1)), nodes: $(nodes | paste -sd' ')"

@@ -17,6 +17,11 @@ enter_environment() {
   fi
 }
 
+# For commands that a person is told; in a container it is the container's.
+python_here() {
+  if [ -n "${QSPARSE_CONTAINER:-}${QSPARSE_APPTAINER:-}" ]; then echo python; else command -v python; fi
+}
+
 # The folders that a container sees, as SRC:DST with commas between: by the names they are called by, and where those lead.
 mounts() {
   local folder list=""

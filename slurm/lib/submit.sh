@@ -8,6 +8,7 @@ submit() {
   [ -n "${DRY_RUN:-}" ] || submit_script
   show_submission
   continue_by
+  check_settings
   echo "goes on by CONTINUE=$CONTINUE_BY ($(continue_why))"
   enter_environment
   training_flags "$name" "$config" "$@"
@@ -44,9 +45,18 @@ show_run() {
     return
   fi
   echo "the plan, $nodes nodes of $devices processes"
-  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((${nodes##*-} * devices)) || status=$?
+  nodes=$(seq --format=node%.0f "${nodes##*-}" | paste -sd' ')
+  show_plan_of "$nodes" "$devices" || status=$?
   echo
   return "$status"
+}
+
+# show_plan_of "NAME NAME" PROCESSES: for as many of the nodes as would train.
+show_plan_of() {
+  local answer
+  answer=$(inside python -m pretrain.job fit --nodes "$1" --processes-per-node "$2" -- "${FLAGS[@]}") || return
+  eval "$answer"
+  inside python -m pretrain.plan "${FLAGS[@]}" --world_size $((TRAIN_NODES * $2))
 }
 
 # What sbatch would take for a long option: QSPARSE_SBATCH's, else the script's. Its value may follow behind a blank, and --nodes is -N too.
@@ -59,7 +69,6 @@ requested() {
 
 # Inside of a job that was submitted with DRY_RUN=1.
 show_plan() {
-  inside python -m pretrain.plan "${FLAGS[@]}" --world_size "$(($(nodes | wc -l) * $(processes)))" ||
-    die "this job cannot train, see above"
+  show_plan_of "$(nodes | paste -sd' ')" "$(processes)" || die "this job cannot train, see above"
   say "DRY_RUN is set: nothing is trained"
 }

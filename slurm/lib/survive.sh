@@ -85,7 +85,7 @@ after_training() {
   [ "$SIGNALLED" != TERM ] || [ -n "$REQUEUED" ] || FATE=$(fate)
   answer=$(inside python -m pretrain.job end --job "$SLURM_JOB_ID" --restart "$SLURM_RESTART_COUNT" --chain "$JOB_KEY" \
     --tries "${QSPARSE_TRIES:-3}" --status "$status" ${SIGNALLED:+--signal "$SIGNALLED"} ${FATE:+--fate "$FATE"} \
-    ${why:+--reason "$why"} -- "${FLAGS[@]}") || failed=$?
+    --ends-here "$(ends_here)" ${why:+--reason "$why"} -- "${FLAGS[@]}") || failed=$?
   if [ "$failed" != 0 ]; then
     # In a job that Slurm is ending no step begins, and a container is one.
     if [ "$SIGNALLED" != TERM ] || [ "$FATE" = cancelled ]; then leave "$failed"; fi
@@ -97,11 +97,7 @@ after_training() {
     finished) leave 0 ;;
     stopped) leave "$UNFINISHED" ;;
     failed) leave $((status ? status : 1)) ;;
-    again)
-      # Nobody is told of what failed where it is not tried again.
-      [ -z "$why" ] || status=1
-      go_on "$status"
-      ;;
+    again) go_on ;;
   esac
 }
 

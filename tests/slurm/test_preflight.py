@@ -48,6 +48,12 @@ def test_a_node_that_hangs(cluster, tmp_path):
 
 
 @pytest.mark.slurm
+def test_a_flag_that_there_is_not_is_no_fault_of_a_node(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "--foo", "bar", script="preflight.sh", options=("--nodes=2",), env=QUIET)
+    assert job.wait()["ExitCode"] == "2:0" and "unrecognized arguments: --foo" in job.log and "bad node" not in job.log
+
+
+@pytest.mark.slurm
 def test_a_look_without_training(cluster, shards, tmp_path):
     job = submit(
         cluster, tmp_path, "--device", "cpu", script="preflight.sh", options=("--nodes=3",), env={"QSPARSE_DATA": str(shards)} | QUIET

@@ -57,6 +57,16 @@ def test_dry_run_of_the_7b_plan(nodes, large, shards, tmp_path):
     assert large.client("squeue", "-h").strip() == "" and not (tmp_path / "runs").exists()
 
 
+def test_dry_run_of_a_node_too_many(large, shards, tmp_path):
+    """As the job will: with as many nodes as divide the batch."""
+    env = {"DRY_RUN": "1", "QSPARSE_SBATCH": "--nodes=2-3", "QSPARSE_DATA": str(shards), "CONTINUE": "array"}
+    env |= {"QSPARSE_SETUP": environment(tmp_path)["QSPARSE_SETUP"], "QSPARSE_RUNS": str(tmp_path / "runs")}
+    small = ["--train.global_batch_size", 256, "--data.sequence_length", 8, "--validation.samples", 256]
+    said = large.client("bash", SCRIPTS / "pretrain_7b_qsparse.sh", *small, cwd=tmp_path, env=env)
+    assert "2 of 3 nodes train, 8 data-parallel ranks" in said and "16 = tensor" in said and "no problems found" in said
+    assert "CONTINUE=array (as set, for jobs submitted with --array=1-20%1)" in said
+
+
 def test_dry_run_of_what_cannot_start_shows_all_and_fails(large, tmp_path):
     env = {"DRY_RUN": "1", "QSPARSE_SETUP": environment(tmp_path)["QSPARSE_SETUP"], "QSPARSE_DATA": str(tmp_path / "nowhere")}
     done = subprocess.run(
@@ -75,6 +85,19 @@ def test_the_way_to_go_on_is_chosen_from_the_cluster(tmp_path):
     with Cluster(nodes=1, settings="JobRequeue=0") as cluster:
         said = cluster.client("bash", "-c", f"source {SCRIPTS}/lib.sh; continue_by; echo $CONTINUE_BY: $(continue_why)", cwd=tmp_path)
     assert said.strip() == "singleton: this cluster has JobRequeue=0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LAUNCHER", "mpirun"), ("PREFLIGHT", "yes"), ("QSPARSE_TRIES", "abc"), ("QSPARSE_PROCESSES_PER_NODE", "0"),
+        ("QSPARSE_PREFLIGHT_WAIT", "3min"), ("QSPARSE_PREFLIGHT_FRACTION", "50%"), ("QSPARSE_PREFLIGHT_FRACTION", "0.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_told_in_one_line(name, value):
+    command = ["bash", "-c", f"source {SCRIPTS}/lib.sh; check_settings; {name}={value}; check_settings"]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {name}={value} ") and len(done.stderr.splitlines()) == 1
 
 
 def test_elements_of_a_sweep_are_runs_of_their_own(tmp_path):

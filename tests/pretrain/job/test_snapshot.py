@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,11 +110,33 @@ def test_without_git_the_packages_are_copied(checkout, tmp_path):
     assert (found.path / "pretrain" / "train.py").exists() and not (found.path / "runs").exists()
 
 
-def test_a_copy_that_was_cut_short_is_made_anew(checkout, tmp_path):
+def test_a_copy_that_fails_leaves_nothing(checkout, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        take(checkout, tmp_path / "run", configs=["nowhere.yaml"])
+    assert list((tmp_path / "run").iterdir()) == [] and take(checkout, tmp_path / "run").made
+
+
+def test_two_jobs_begin_the_same_run_at_the_same_moment(checkout, tmp_path):
+    """Both have all of it, and nothing is left over."""
+    run, meet = tmp_path / "run", threading.Barrier(4)
+
+    def begin(_):
+        meet.wait()
+        return take(checkout, run)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(begin, range(4)))
+    assert sum(one.made for one in found) == 1 and {one.path for one in found} == {run / "code"}
+    assert take(checkout, run).differs == () and [path.name for path in run.iterdir()] == ["code"]
+
+
+def test_a_copy_that_has_lost_files_is_told(checkout, tmp_path):
     run = tmp_path / "run"
-    (run / ".code.partial").mkdir(parents=True)
-    (run / ".code.partial" / "half").write_text("")
-    assert take(checkout, run).made and not (run / "code" / "half").exists()
+    (take(checkout, run).path / "pretrain" / "train.py").unlink()
+    with pytest.raises(ValueError, match="code is not complete, pretrain/train.py is missing: UPDATE_CODE=1 replaces it"):
+        take(checkout, run)
+    again = take(checkout, run, update=True)
+    assert (again.made, again.kept) == (True, "code.1") and take(checkout, run).differs == ()
 
 
 def test_secrets_are_not_written_down(tmp_path):
