@@ -147,6 +147,21 @@ def test_stopped_by_its_switch(cluster, shards, database, unbroken, tmp_path):
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("how", ["none", "array"])
+def test_nothing_starts_it_again(how, cluster, shards, database, tmp_path):
+    """By its user's wish, or in the last element of an array: said, and not as if it were done."""
+    options = ("--nodes=2", *(["--array=1-1%1"] if how == "array" else []))
+    job = start(cluster, tmp_path, shards, database, options=options, env={"CONTINUE": how})
+    job.until_waiting()
+    cluster.client("timeout", "3", "scancel", "--batch", "--signal=USR1", job.id, check=False)
+    job.until_said("USR1: the training processes are to finish")
+    job.go_on()
+    assert (job.wait()["ExitCode"], job.restarts()) == ("75:0", 0)
+    (only,) = attempts.read(job.run)
+    assert (only.outcome, only.ended_step) == ("stopped", 5) and only.reason.endswith(": submit the job again to go on")
+
+
+@pytest.mark.slurm
 def test_cancelled(cluster, shards, database, tmp_path):
     """By its user: it saves, and does not go on."""
     job = start(cluster, tmp_path, shards, database)
