@@ -46,8 +46,11 @@ class Progress:
         now = self.now
         return time.monotonic() - max(now.since, self._renewed) if now.limited else 0.0
 
-    def reading(self, batches: Iterator[torch.Tensor], then: str) -> Iterator[torch.Tensor]:
-        """The same batches; while one is waited for that is what the process does, and after it `then`."""
+    def reading(self, batches: Iterator[torch.Tensor], then: str, device: torch.device) -> Iterator[torch.Tensor]:
+        """The batches, on `device`; while one is waited for that is what the process does, and after it `then`.
+
+        Copying to a GPU waits for all that it still computes, which is no waiting for data.
+        """
         while True:
             self.enter("waiting for data")
             started = time.monotonic()
@@ -57,4 +60,4 @@ class Progress:
                 return
             self.waited_s += time.monotonic() - started
             self.enter(then)
-            yield batch
+            yield batch.to(device)

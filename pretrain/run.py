@@ -248,7 +248,7 @@ def _batches(validated: Validated, state: TrainerState, device: torch.device) ->
     )  # fmt: skip
     # A generator of its own: a loader draws a number for its workers at each start, of which the run's generators must not know.
     for batch in DataLoader(dataset, batch_size=None, num_workers=config.data.workers, generator=torch.Generator()):
-        yield batch["tokens"].to(device)
+        yield batch["tokens"]
 
 
 def _say(text: str) -> None:

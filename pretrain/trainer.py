@@ -86,8 +86,7 @@ class Callback:
 class Trainer:
     """Takes optimizer steps until the last one or until a callback calls `request_stop`.
 
-    batches: this rank's micro-batches from `state.consumed_samples` on, int64 [micro_batch_size, sequence_length + 1], on
-    the engine's device.
+    batches: this rank's micro-batches from `state.consumed_samples` on, int64 [micro_batch_size, sequence_length + 1].
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Trainer:
     ):  # fmt: skip
         self.run, self.config, self.engine, self.state = run, run.config, engine, state
         self.progress, self.callbacks = progress, callbacks
-        self.batches = progress.reading(batches, then="computing")
+        self.batches = progress.reading(batches, then="computing", device=engine.device)
         self.stop_reason: str | None = None
         self.save_requested = False
 

@@ -67,12 +67,13 @@ class WatchStragglers(Callback):
             trainer.engine.stopwatch.stop(),
             trainer.progress.waited_s - self._waited,
             parallel_state.get_pipeline_model_parallel_rank(),
+            report.seconds,
         )
         gathered = torch.zeros(dist.get_world_size(), len(own), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(gathered, torch.tensor([own], dtype=torch.float64, device=self.device))
-        measured = [Measured(forward, waited, int(stage)) for forward, waited, stage in gathered.tolist()]
-        # The same on all ranks.
-        found = slow(measured, self.factor, report.seconds)
+        measured = [Measured(forward, waited, int(stage)) for forward, waited, stage, _ in gathered.tolist()]
+        # The same on all ranks, each of which has a time of its own for the step.
+        found = slow(measured, self.factor, gathered[:, 3].max().item())
         report.metrics["perf/slowest_rank_ratio"] = max(ratios(measured))
         self.in_a_row = {rank: self.in_a_row.get(rank, 0) + 1 for rank in found}
         lasting = {rank for rank, count in self.in_a_row.items() if count >= PATIENCE}
@@ -100,10 +101,10 @@ def ratios(measured: list[Measured]) -> list[float]:
 
 def slow(measured: list[Measured], factor: float, step_s: float) -> dict[int, str]:
     """rank -> what is slow about it. Of an even number the lower median is taken: of two ranks the faster one is what is usual."""
-    waited = statistics.median_low(m.waited_s for m in measured)
+    usually = {stage: statistics.median_low(m.waited_s for m in measured if m.stage == stage) for stage in {m.stage for m in measured}}
     found = {}
     for rank, (own, ratio) in enumerate(zip(measured, ratios(measured), strict=True)):
-        texts = []
+        texts, waited = [], usually[own.stage]
         usual = own.forward_s / ratio
         if ratio > factor and own.forward_s - usual > LEAST_S:
             texts.append(f"its forward passes take {ratio:.1f} x the median of its pipeline stage ({own.forward_s:.3f} s, {usual:.3f} s)")

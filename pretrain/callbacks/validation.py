@@ -27,11 +27,11 @@ class Validate(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if trainer.finished or (self.interval and report.step % self.interval == 0):
             report.metrics["val/loss"] = trainer.engine.evaluate(
-                trainer.progress.reading(self._batches(), then=self.doing), self.micro_batches
+                trainer.progress.reading(self._batches(), then=self.doing, device=self.device), self.micro_batches
             )
 
     def _batches(self) -> Iterator[torch.Tensor]:
         first = parallel_state.get_data_parallel_rank() * self.micro_batches * self.size
         for start in range(first, first + self.micro_batches * self.size, self.size):
             ids = [position * len(self.store) // self.samples for position in range(start, start + self.size)]
-            yield torch.stack([torch.from_numpy(self.store[i]) for i in ids]).to(self.device)
+            yield torch.stack([torch.from_numpy(self.store[i]) for i in ids])

@@ -1,6 +1,7 @@
 """What NVIDIA's driver knows of a GPU, through pynvml where it is installed. It makes no CUDA context: processes may be forked later."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ class Reading:
     """Degrees Celsius."""
     foreign_bytes: int | None = None
     """Memory of other processes; to be read before ours begin."""
+
+
+def can_ask() -> bool:
+    """Whether nvidia-ml-py is installed, without which the driver is not asked."""
+    return importlib.util.find_spec("pynvml") is not None
 
 
 def kind_of(device: str) -> str:
@@ -103,11 +109,7 @@ def _read(nvml: Any, handle: Any) -> Reading:
     rows = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle))
     pages = ask(lambda: nvml.nvmlDeviceGetRetiredPagesPendingStatus(handle))
     clocks = ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-    slow = (
-        nvml.nvmlClocksThrottleReasonHwSlowdown
-        | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
-        | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
-    )
+    slow = sum(getattr(nvml, f"nvmlClocksThrottleReasonHw{reason}", 0) for reason in ("Slowdown", "ThermalSlowdown", "PowerBrakeSlowdown"))
     return Reading(
         uncorrected_errors=errors,
         remap_pending=None if rows is None and pages is None else bool(rows and rows[2]) or bool(pages),

@@ -110,6 +110,9 @@ class _Examination:
     def _devices(self) -> None:
         kind, report, limit = self.settings.device, self.report, self._left(ALONE)
         if kind == "cuda":
+            if not health.can_ask():
+                told = "nvidia-ml-py is not installed: the driver's counts of errors are not looked at"
+                print(f"preflight: {report.node}: {told}", file=sys.stderr)
             self._ask_driver(health.foreign)
         counted = self._ask("count", limit, lambda index: (kind,))
         found = next((value for value in counted.values() if value is not None), 0 if kind == "cuda" else self.settings.devices)
@@ -151,6 +154,9 @@ class _Examination:
         failed = {index: answer.failure for index, answer in answers.items() if answer.failure}
         if not failed and answers:
             return min(answer.value for answer in answers.values())
+        for index in failed:
+            # torch counts a group that did not come about, and names the next one otherwise than the others do.
+            self.workers.give_up(index)
         why = "; ".join(f"{self._name(index)}: {text}" for index, text in list(failed.items())[:2])
         if others in self.settings.nodes:
             self.report.failures[others] = why

@@ -69,9 +69,14 @@ class Workers:
         return answers
 
     def _give_up(self, index: int, why: str) -> Answer:
-        self._processes[index].kill()
-        self.alive.remove(index)
+        self.give_up(index)
         return Answer(failure=why)
+
+    def give_up(self, index: int) -> None:
+        """End the process of this device, where it has not ended."""
+        self._processes[index].kill()
+        if index in self.alive:
+            self.alive.remove(index)
 
     def end(self) -> None:
         """All of them, at once."""

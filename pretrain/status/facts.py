@@ -51,6 +51,8 @@ class Facts:
     """The last lines of the journal."""
     lines: list[tuple[float, float]] = field(default_factory=list)
     """When each line of the journal was written, and the seconds of its steps."""
+    thrown_away: list[float] = field(default_factory=list)
+    """When a roll-back or a restart threw away steps, and when those were journaled."""
     signs: list[float] = field(default_factory=list)
     """Of life: journaled lines that count or do not, checkpoints, a heartbeat."""
     checkpoint_step: int | None = None
@@ -106,9 +108,12 @@ def read(directory: Path, now: float, counting: bool = False) -> Facts:
     _try(facts, "checkpoints", None, lambda: _look_at_checkpoints(facts))
     facts.lines = _try(facts, METRICS_NAME, [], lambda: list(times(directory / METRICS_NAME)))
     facts.signs += [when for when, _ in facts.lines]
+    discarded = discarded_path(directory / METRICS_NAME)
+    facts.thrown_away = [when for when, _ in _try(facts, discarded.name, [], lambda: list(times(discarded)))]
+    with contextlib.suppress(OSError):
+        facts.thrown_away.append((directory / rollback.NAME).stat().st_mtime)
     if facts.attempts:
-        discarded = discarded_path(directory / METRICS_NAME)
-        facts.signs += [when for when, _ in _try(facts, discarded.name, [], lambda: list(times(discarded)))]
+        facts.signs += facts.thrown_away
         facts.signs += [row["timestamp_ms"] / 1000 for row in _try(facts, SYSTEM_NAME, [], lambda: tail(directory / SYSTEM_NAME))]
     if counting and facts.record is not None and facts.settings.get("tracking.enabled") is not False:
         facts.unshipped = _try(facts, STATE_NAME, None, lambda: unshipped_points(directory))

@@ -146,14 +146,16 @@ def _at_work(facts: Facts, now: float) -> tuple[State, float | None, str]:
     times = [row["timestamp_ms"] / 1000 for row in facts.rows if number(row, "train/loss") is not None]
     # Owners tell whole seconds.
     own = [when for when in times if when >= began - 1]
-    if not own:
+    # What a roll-back has thrown away was life all the same.
+    last = max([*own, *(sign for sign in facts.thrown_away if began - 1 <= sign <= now)], default=None)
+    if last is None:
         waited = now - began
         return ("starting" if waited < START_S else "stalled"), began, "" if waited < START_S else "no step since the start"
-    silent, step = now - own[-1], facts.rows[-1]["step"]
+    silent, step = now - last, facts.rows[-1]["step"] if facts.rows else 0
     ends = facts.steps is not None and step >= facts.steps
-    if silent <= (END_S if ends else expected_gap(facts, own)):
+    if silent <= (END_S if ends else expected_gap(facts, own) if own else START_S):
         return "training", began, "ending" if ends else ""
-    return "stalled", own[-1], f"no line in the journal for {duration(silent)}, behind step {step}"
+    return "stalled", last, f"no line in the journal for {duration(silent)}, behind step {step}"
 
 
 def expected_gap(facts: Facts, times: list[float]) -> float:

@@ -48,6 +48,8 @@ def misplaced(args: list[str]) -> str | None:
     """Flags of --suggest without it, and the other way round, would have no effect."""
     given = _names(args)
     if FLAG in args:
+        if whole := sorted(given & {name.split(".")[0] for name in SEARCHED}):
+            return f"{whole[0]}: with {FLAG} name each setting that is to stay, say --parallel.tensor"
         return f"world_size has no effect with {FLAG}: give --nodes and --gpus_per_node" if "world_size" in given else None
     lost = sorted(given & ARGUMENTS.keys())
     return f"{', '.join(lost)}: no effect without {FLAG}" if lost else None

@@ -7,6 +7,8 @@ PREFLIGHT_WAIT=${QSPARSE_PREFLIGHT_WAIT:-180}
 preflight() {
   local bad status=0
   [ "${PREFLIGHT:-1}" != 0 ] && [ -z "$SIGNALLED" ] || return 0
+  # A job that was given GPUs has none to look at on CPUs instead.
+  [ "$DEVICE" != auto ] || [ -z "${SLURM_GPUS_ON_NODE:-}" ] || [ -n "${QSPARSE_PROCESSES_PER_NODE:-}" ] || DEVICE=cuda
   look_at_nodes "$START_DIRECTORY/preflight" --run-directory "$RUN_DIRECTORY" --data "$DATA" --device "$DEVICE" || status=$?
   [ "$status" != 0 ] || return 0
   [ "$status" != 2 ] || leave 2
@@ -29,6 +31,8 @@ look_at_nodes() {
     python -m pretrain.preflight node "${common[@]}" --address "$MASTER_ADDR" --port "$MASTER_PORT" --devices "$PROCESSES" \
     --scratch "$(scratch)" "$@") || status=$?
   [ "$status" != 2 ] || return 2
+  # Slurm's TERM ends the look: what is missing is no node's fault.
+  [ "$SIGNALLED" != TERM ] || return 1
   status=0
   inside python -m pretrain.preflight judge "${common[@]}" --fraction "${QSPARSE_PREFLIGHT_FRACTION:-0.5}" || status=$?
   return "$status"

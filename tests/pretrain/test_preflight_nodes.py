@@ -227,6 +227,27 @@ def test_of_pairs_that_hang_the_node_common_to_them_is_named_alone(count, tmp_pa
     assert "bad node: node2: all-reduce with " in lines[0] and " failed (CPU process 0: no answer within " in lines[0]
 
 
+def _raising(arguments: list[str], mounted: dict[str, int], log: str) -> None:
+    """As `_examine`, of a node whose all-reduces with others fail at once, while its partners wait."""
+    from pretrain.preflight import devices, workers
+
+    def all_reduce(index: int, kind: str, meet: dict, *more) -> float:
+        if "prefix" in meet and arguments[arguments.index("--node") + 1] == "node2":
+            raise RuntimeError("a fault of this test")
+        return devices.all_reduce(index, kind, meet, *more)
+
+    workers.QUESTIONS["all_reduce"] = all_reduce
+    _examine(arguments, mounted, log)
+
+
+def test_a_node_whose_groups_fail_takes_no_other_with_it(tmp_path, capsys):
+    names = ["node1", "node2", "node3", "node4"]
+    with Job(tmp_path, names, [Node(name) for name in names], timeout=60, run=_raising) as job:
+        job.wait()
+    status, lines, bad = job.judge(capsys, *FORGIVING)
+    assert status == 3 and bad == ["node2"], lines
+
+
 def _clock_ahead(arguments: list[str], mounted: dict[str, int], log: str) -> None:
     """As `_examine`, of a node whose clock is wrong where it is node2."""
     if arguments[arguments.index("--node") + 1] == "node2":

@@ -1,6 +1,7 @@
 """In which state a run is, and its figures, by what lies in its directory and what Slurm says."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 from pretrain.status import facts, queue, state
 from pretrain.status.queue import Job
+from pretrain.tracking.journal import Journal
 from pretrain.tracking.record import RunRecord
-from tests.pretrain.written import GONE, NOW, OLD, ROWS, alive, attempted, look, own, tried, write
+from tests.pretrain.written import GONE, NOW, OLD, ROWS, alive, attempted, look, metrics, own, tried, write
 
 WAITS = {"77": Job("77", "PENDING", "Priority")}
 RUNS = {"77": Job("77", "RUNNING")}
@@ -96,6 +98,18 @@ def test_figures(tmp_path):
     assert [state.expected_gap(read, times) for times in ([1.0, 2.0, 3.0], [0.0, 60.0, 120.0], [0.0, 10.0, 20.0, 200.0])] == [120, 300, 360]
     read.settings |= {"validation.interval": 5, "validation.samples": 80, "train.global_batch_size": 8}
     assert state.expected_gap(read, [1.0, 2.0]) == 129
+
+
+def test_a_roll_back_is_life(tmp_path):
+    """It cuts the journal back to lines of long ago, or to none of this process."""
+    alive(tmp_path / "run", {0: 5000.0, 10: 4000.0, 20: 3990.0, 30: 3980.0}, age=4900)
+    assert look(tmp_path / "run").state == "stalled"
+    (tmp_path / "run" / "rollbacks.json").write_text(json.dumps({"format_version": 1, "rollbacks": []}))
+    os.utime(tmp_path / "run" / "rollbacks.json", (NOW - 20, NOW - 20))
+    assert look(tmp_path / "run").state == "training"
+    alive(tmp_path / "other", {0: 5000.0}, age=4900)
+    Journal(tmp_path / "other" / "metrics.discarded.jsonl").append(30, metrics(), int(1000 * (NOW - 30)))
+    assert look(tmp_path / "other").state == "training"
 
 
 def test_restarts_are_attempts_or_resumes(tmp_path):

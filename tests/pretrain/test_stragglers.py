@@ -39,6 +39,11 @@ class TestSlow:
         found = slow([*measured(1.0, 1.0, 1.0), Measured(1.0, 2.0, 0)], 1.5, 4.0)
         assert found == {3: "it waits 2.000 s a step for data, the median is 0.000 s"}
 
+    def test_waiting_is_compared_within_a_stage(self):
+        later = [Measured(1.0, 2.0, 1)] * 2
+        assert slow([*measured(1.0, 1.0), *later], 1.5, 4.0) == {}
+        assert list(slow([*measured(1.0, 1.0), *later, Measured(1.0, 4.0, 1)], 1.5, 4.0)) == [4]
+
     def test_no_time_at_all(self):
         assert ratios(measured(0.0, 0.0)) == [1.0, 1.0]
 
