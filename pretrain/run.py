@@ -181,7 +181,7 @@ class Session:
             WatchStragglers(config.train.straggler_factor, config.train.log_interval, self.device), Validate(self.run, self.device),
             LogMetrics(self.run, tracker, self.device), self.saving,
         ]  # fmt: skip
-        trainer = Trainer(self.run, self.engine, _batches(self.run, state, self.device), state, callbacks, progress)
+        trainer = Trainer(self.run, self.engine, _batches(self.run, state), state, callbacks, progress)
         try:
             trainer.fit()
         except RollBack as spike:
@@ -238,7 +238,7 @@ def build_engine(validated: Validated, device: torch.device) -> ZeroEngine:
     )  # fmt: skip
 
 
-def _batches(validated: Validated, state: TrainerState, device: torch.device) -> Iterator[torch.Tensor]:
+def _batches(validated: Validated, state: TrainerState) -> Iterator[torch.Tensor]:
     """This rank's micro-batches from the first sample that was not consumed yet."""
     config = validated.config
     dataset = TokenDataset(
