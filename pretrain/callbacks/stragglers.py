@@ -71,9 +71,10 @@ class WatchStragglers(Callback):
         )
         gathered = torch.zeros(dist.get_world_size(), len(own), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(gathered, torch.tensor([own], dtype=torch.float64, device=self.device))
-        measured = [Measured(forward, waited, int(stage)) for forward, waited, stage, _ in gathered.tolist()]
+        rows = gathered.tolist()
+        measured = [Measured(forward, waited, int(stage)) for forward, waited, stage, _ in rows]
         # The same on all ranks, each of which has a time of its own for the step.
-        found = slow(measured, self.factor, gathered[:, 3].max().item())
+        found = slow(measured, self.factor, max(step_s for *_, step_s in rows))
         report.metrics["perf/slowest_rank_ratio"] = max(ratios(measured))
         self.in_a_row = {rank: self.in_a_row.get(rank, 0) + 1 for rank in found}
         lasting = {rank for rank, count in self.in_a_row.items() if count >= PATIENCE}
