@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 WIDTH = {"cuda": 8192, "cpu": 768}
 WINDOW_S = {"cuda": 1.0, "cpu": 0.6}
-"""How long the product is repeated: the mean tells of a process that is stopped now and then, the best one would not."""
+"""How long a measurement is repeated: the mean tells of a process that is stopped now and then, the best one would not."""
 BYTES = {"cuda": 256 << 20, "cpu": 2 << 20}
 """Of an all-reduce."""
-REPETITIONS = range(4, 200)
-"""How often it is repeated: for about `WINDOW_S` as well."""
+LOOKS = 10
+"""How often, within the time that all-reduces are repeated, the processes agree on going on."""
+MOST_AT_ONCE = 200
+"""All-reduces between two such looks."""
 
 
 def count(kind: str) -> int | None:
@@ -74,24 +76,40 @@ def all_reduce(index: int, kind: str, meet: dict[str, Any], rank: int, size: int
         dist.all_reduce(values)
         wrong = (values != pattern * size + size * (size - 1) // 2).sum().item()
         values.zero_()
-        # By the slowest of all, so that they agree on a number.
-        once = torch.tensor(_timed(values, 2, device) / 2, device=device)
-        dist.all_reduce(once, op=dist.ReduceOp.MAX)
-        times = max(REPETITIONS.start, min(REPETITIONS.stop, int(WINDOW_S[kind] / once.item())))
-        elapsed = _timed(values, times, device)
+        once = _repeated(values, WINDOW_S[kind], device)
     finally:
         dist.destroy_process_group()
     if wrong:
         raise RuntimeError(f"{wrong} of {len(pattern)} sums are wrong")
-    return 2 * (size - 1) / size * BYTES[kind] * times / elapsed / 1e9
+    return 2 * (size - 1) / size * BYTES[kind] / once / 1e9
 
 
-def _timed(values: "torch.Tensor", times: int, device: "torch.device") -> float:
-    """Seconds that so many all-reduces take."""
+def _repeated(values: "torch.Tensor", window_s: float, device: "torch.device") -> float:
+    """Mean seconds of an all-reduce, over at least `window_s`.
+
+    A number of repetitions settled on beforehand would not do: the few that follow from a first one that was held up may fall
+    between two hold-ups of a process that is stopped now and then.
+    """
+    import torch
     import torch.distributed as dist
 
     _synchronize(device)
-    begun = time.perf_counter()
+    begun, times, more = time.perf_counter(), 0, 1
+    while True:
+        _all_reduces(values, more, device)
+        times += more
+        elapsed = time.perf_counter() - begun
+        # By the slowest of all, so that all go on or none does.
+        agreed = torch.tensor(elapsed, dtype=torch.float64, device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        if agreed.item() >= window_s:
+            return elapsed / times
+        more = max(1, min(MOST_AT_ONCE, int(window_s / LOOKS * times / agreed.item())))
+
+
+def _all_reduces(values: "torch.Tensor", times: int, device: "torch.device") -> None:
+    import torch.distributed as dist
+
     if device.type == "cuda":
         # Waiting for each of them would measure how often NCCL's wait looks.
         for work in [dist.all_reduce(values, async_op=True) for _ in range(times)]:
@@ -100,7 +118,6 @@ def _timed(values: "torch.Tensor", times: int, device: "torch.device") -> float:
         for _ in range(times):
             dist.all_reduce(values)
     _synchronize(device)
-    return time.perf_counter() - begun
 
 
 def _device(index: int, kind: str) -> "torch.device":

@@ -53,13 +53,30 @@ def _answers(folder, size: int, change) -> list[tuple[float | None, str]]:
 
 
 def _a_millisecond_each() -> None:
-    devices._timed = lambda values, times, device: times * 1e-3
+    devices._repeated = lambda values, window_s, device: 1e-3
 
 
 @pytest.mark.parametrize(("size", "factor"), [(2, 1.0), (4, 1.5)])
 def test_bus_bandwidth_counts_what_each_device_sends(tmp_path, size, factor):
     expected = factor * devices.BYTES["cpu"] / 1e-3 / 1e9
     assert [value for value, _ in _answers(tmp_path, size, _a_millisecond_each)] == pytest.approx([expected] * size)
+
+
+def _held_up_now_and_then() -> None:
+    """An all-reduce takes 1 ms, and of 108 ms the process runs for 8: the first one begins just before it is stopped."""
+    clock = SimpleNamespace(ran=7.0)
+
+    def all_reduces(values, times, device):
+        clock.ran += times
+
+    devices._all_reduces = all_reduces
+    devices.time = SimpleNamespace(perf_counter=lambda: 1e-3 * (clock.ran + 100 * (clock.ran // 8)))
+
+
+def test_a_first_repetition_that_is_held_up_does_not_settle_the_others(tmp_path):
+    """The few that would do at its pace fit between two stops."""
+    share = [devices.BYTES["cpu"] / 1e9 / value * 1e3 for value, _ in _answers(tmp_path, 2, _held_up_now_and_then)]
+    assert share == pytest.approx([108 / 8] * 2, rel=0.2), "milliseconds of one, with the stops"
 
 
 def _one_too_many() -> None:
