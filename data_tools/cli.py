@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough.
-        sys.stderr.close()
-        return 0
+        raise
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the device", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ changed first.
 
 import sys
 
+from data_tools.arguments import exit_status
 from data_tools.manifest import Manifest
 from megatron_qsparse.config import resolve
 from megatron_qsparse.models.accounting import (
@@ -177,4 +178,4 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

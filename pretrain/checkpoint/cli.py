@@ -19,9 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough.
-        sys.stderr.close()
-        return 0
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

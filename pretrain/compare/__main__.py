@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import Parser, named_path
+from data_tools.arguments import Parser, exit_status, named_path
 
 FORMAT_VERSION = 1
 
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         selection = select(options)
         summaries = report(selection, options.baseline, options.output)
+    except BrokenPipeError:
+        raise
     except (ComparisonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -162,4 +164,4 @@ def _with_text_for_non_finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

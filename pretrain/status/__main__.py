@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.arguments import Parser, named_path
+from data_tools.arguments import Parser, exit_status, named_path
 
 WATCH_S = 5.0
 RUNS, RUNS_VARIABLE = "runs", "QSPARSE_RUNS"
@@ -46,10 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(text, flush=True)
             return status
         return _watch(options.runs, options.json, options.watch)
-    except BrokenPipeError:
-        # Whoever read this (head, less) has seen enough; Python would try again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
 
@@ -131,4 +127,4 @@ def _here() -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

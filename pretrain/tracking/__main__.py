@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from data_tools.arguments import Parser, named_path
+from data_tools.arguments import Parser, exit_status, named_path
 from pretrain.tracking.record import RunRecord
 from pretrain.tracking.shipper import RUN_ID_NAME, Shipper
 from pretrain.tracking.state import METRICS_NAME, ShippingState, count_points, unshipped_points
@@ -92,4 +92,4 @@ def show(directory: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))
