@@ -4,12 +4,12 @@
 acceptance() {
   local folder status=0
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    [ -z "${DRY_RUN:-}" ] || show_submission
-    submit_script
+    submit_tool
     return
   fi
-  enter_environment
   check_settings
+  only_shown the cases of python -m pretrain.acceptance "$@" on "$(nodes | paste -sd' ')"
+  enter_environment
   PROCESSES=$(processes) || exit 2
   node_environment
   rendezvous

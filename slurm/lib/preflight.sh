@@ -42,10 +42,11 @@ look_at_nodes() {
 preflight_job() {
   local runs=${QSPARSE_RUNS:-$PWD/runs}
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    submit_script
+    submit_tool
     return
   fi
   check_settings
+  only_shown python -m pretrain.preflight node "$@" on "$(nodes | paste -sd' ')"
   enter_environment
   PROCESSES=$(processes) || exit 2
   TRAIN_NODES=$(nodes | wc -l) SIGNALLED=""

@@ -17,6 +17,12 @@ submit() {
   return "$status"
 }
 
+# A script that does not train.
+submit_tool() {
+  [ -z "${DRY_RUN:-}" ] || show_submission
+  submit_script
+}
+
 # This script with its arguments; with DRY_RUN=1 only whether Slurm would take it.
 submit_script() {
   local options=()
@@ -65,6 +71,13 @@ requested() {
   value=$({ grep "^#SBATCH " "$JOB_SCRIPT" | cut -d' ' -f2 && echo "${QSPARSE_SBATCH:-}"; } |
     sed -E 's/(^| )-N *([0-9])/\1--nodes=\2/; s/(--[a-z-]+) +([^- ])/\1=\2/g' | tr ' ' '\n' | sed -n "s/^--$1=//p" | tail -n 1)
   echo "${value:-1}"
+}
+
+# only_shown WHAT: ends a job that was submitted with DRY_RUN=1, and does not train.
+only_shown() {
+  [ -n "${DRY_RUN:-}" ] || return 0
+  say "DRY_RUN is set: this job would run $*"
+  exit 0
 }
 
 # Inside of a job that was submitted with DRY_RUN=1.

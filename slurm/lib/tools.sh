@@ -4,9 +4,10 @@
 # tool COMMAND...: submit this script, which was called with the command's last arguments; inside of a job, run the command.
 tool() {
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    submit_script
+    submit_tool
     return
   fi
+  only_shown "$@"
   enter_environment
   FLAGS=("${ARGUMENTS[@]}")
   inside "$@"
@@ -16,9 +17,10 @@ tool() {
 mlflow_server() {
   local folder address port server=""
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    submit_script
+    submit_tool
     return
   fi
+  only_shown python -m mlflow server "$@"
   enter_environment
   folder=${QSPARSE_MLFLOW:-${QSPARSE_RUNS:-$PWD/runs}/mlflow}
   mkdir -p "$folder"

@@ -50,3 +50,19 @@ def test_dry_run_inside_of_a_job(cluster, shards, tmp_path):
     log = job.finish()
     assert f"job {job.id}, start 1, " in log
     assert "no problems found: this run can start" in log and "DRY_RUN is set: nothing is trained" in log and not job.run.exists()
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        ("acceptance.sh", "the cases of python -m pretrain.acceptance --flag on node"),
+        ("compare.sh", "python -m pretrain.compare --flag"),
+        ("mlflow_server.sh", "python -m mlflow server --flag"),
+        ("preflight.sh", "python -m pretrain.preflight node --flag on node"),
+    ],
+)
+def test_dry_run_inside_of_a_job_that_does_not_train(script, shown, cluster, tmp_path):
+    options = ("--nodes=1", "--gpus-per-node=0", "--mem=100M", "--cpus-per-task=1", "--time=5")
+    job = submit(cluster, tmp_path, "--flag", script=script, options=options, env={"DRY_RUN": "1", "QSPARSE_RUNS": str(tmp_path / "runs")})
+    assert f"DRY_RUN is set: this job would run {shown}" in job.finish() and not (tmp_path / "runs").exists()

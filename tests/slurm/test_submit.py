@@ -12,6 +12,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SCRIPTS, environment
 
 TRAINING = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name.startswith(("pretrain_", "sweep_")))
+TOOLS = ("acceptance.sh", "compare.sh", "mlflow_server.sh", "preflight.sh")
 ALL = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "lib.sh")
 
 
@@ -65,6 +66,21 @@ def test_dry_run_of_a_node_too_many(large, shards, tmp_path):
     said = large.client("bash", SCRIPTS / "pretrain_7b_qsparse.sh", *small, cwd=tmp_path, env=env)
     assert "2 of 3 nodes train, 8 data-parallel ranks" in said and "16 = tensor" in said and "no problems found" in said
     assert "CONTINUE=array (as set, for jobs submitted with --array=1-20%1)" in said
+
+
+@pytest.mark.parametrize("script", TOOLS)
+def test_dry_run_of_what_does_not_train(script, large, tmp_path):
+    env = {"DRY_RUN": "1", "QSPARSE_RUNS": str(tmp_path / "runs"), "QSPARSE_SBATCH": "--time=10"}
+    done = subprocess.run(
+        [*large._before, "bash", SCRIPTS / script, "--flag", "value"],
+        env=large.environment | env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert f"would run: sbatch --time=10 {SCRIPTS / script} --flag value\n  QSPARSE_RUNS={tmp_path}/runs\n" in done.stdout
+    assert "to start at" in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_dry_run_of_what_cannot_start_shows_all_and_fails(large, tmp_path):
