@@ -116,7 +116,8 @@ def make_directories(path: Path) -> None:
     """
     missing = []
     while not path.is_dir():
-        if path.exists():
+        # Another process may have made it since.
+        if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         missing.append(path)
         path = path.parent
