@@ -95,9 +95,11 @@ class Job:
                 raise DataError(
                     f"{self.output} holds an unfinished job with other inputs or options: choose another --output or pass --overwrite"
                 )
-        elif self.output.is_dir() and not self.work.is_dir() and any(self.output.iterdir()):
-            name = min(path.name for path in self.output.iterdir())
-            raise DataError(f"--output {self.output} holds other files ({name}, ...): name an empty or new folder")
+        elif self.output.is_dir() and not self.work.is_dir() and (names := [path.name for path in self.output.iterdir()]):
+            if self.work.is_dir() or (self.output / MANIFEST_NAME).is_file():
+                # Another part has begun or ended the job between these looks.
+                return self.is_finished(overwrite)
+            raise DataError(f"--output {self.output} holds other files ({min(names)}, ...): name an empty or new folder")
         return False
 
     def is_complete(self) -> bool:

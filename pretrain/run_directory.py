@@ -26,7 +26,8 @@ def problems(directory: Path, field: str = "output_dir") -> list[str]:
     found = directory.absolute()
     try:
         while not found.is_dir():
-            if os.path.lexists(found):
+            # Looked at once more: another process may have made it since.
+            if os.path.lexists(found) and not found.is_dir():
                 kind = "a link to nothing" if found.is_symlink() and not found.exists() else "a file"
                 return [_refusal(directory, f"{found} is {kind}, and a directory is needed", field)]
             found = found.parent

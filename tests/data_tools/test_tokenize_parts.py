@@ -201,6 +201,26 @@ def test_the_last_part_was_killed_before_it_tidied_up(parts: Parts, single: dict
     assert folder_bytes(parts.output) == single and not parts.work.exists()
 
 
+@pytest.mark.parametrize("other", ["begins", "ends"])
+def test_another_part_begins_or_ends_the_job_between_two_looks(
+    other: str, parts: Parts, single: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is none of somebody else's files."""
+    parts.output.mkdir()
+    look = Path.is_dir
+
+    def looked_at_before_it(path: Path) -> bool:
+        found = look(path)
+        if path == parts.work:
+            monkeypatch.setattr(Path, "is_dir", look)
+            path.mkdir() if other == "begins" else parts.here("0/2")
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", looked_at_before_it)
+    assert parts.here("1/2").already_there == (other == "ends")
+    assert folder_bytes(parts.output) == single
+
+
 def test_an_input_changes_while_parts_read_it(parts: Parts, tmp_path: Path, inputs: list[Path], texts: list[str]) -> None:
     parts.inputs = [*inputs[1:], write_jsonl(tmp_path / "changes.jsonl", texts[:9])]
     first, second = parts.start_until("hash", "--part", "0/3"), parts.start_until("hash", "--part", "1/3")

@@ -34,6 +34,18 @@ def test_a_file_in_the_way_is_named(tmp_path):
         assert problem.startswith(wanted)
 
 
+def test_a_folder_that_another_rank_makes_between_two_looks_is_no_file(tmp_path, monkeypatch):
+    look = Path.is_dir
+
+    def looked_at_before_it_is_made(path: Path) -> bool:
+        found = look(path)
+        os.makedirs(path, exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", looked_at_before_it_is_made)
+    assert problems(tmp_path / "run") == []
+
+
 def test_missing_permissions_are_named():
     with without_root() as folder:
         locked, run = folder / "locked", folder / "run"
