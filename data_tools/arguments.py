@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,15 +24,31 @@ def named_path(text: str) -> Path:
     return Path(text)
 
 
-def exit_status(main: Callable[[], int]) -> int:
-    """Of a command line; 0 where whoever reads its output (head, less) had seen enough before it was known."""
-    status = 0
+def exit_status(main: Callable[[], int]) -> int | str | None:
+    """Of a command line, for `sys.exit`, without a word where whoever reads its output (head, less) has seen enough.
+
+    141, as of other programs that SIGPIPE ends, where that came before `main` knew its own: it may have left something undone.
+    """
     try:
-        try:
-            status = main()
-        finally:
-            sys.stdout.flush()
+        status = main()
+    except SystemExit as error:
+        status = error.code
     except BrokenPipeError:
-        # Python would try again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not any(_is_unread(stream) for stream in (sys.stdout, sys.stderr)):
+            raise
+        status = 128 + signal.SIGPIPE
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            # Python would try again at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

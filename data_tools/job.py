@@ -92,12 +92,15 @@ class Job:
             # Nothing is lost with an attempt that wrote no shard, such as one that stopped at a bad document.
             other = self.read_state().get("digest") != self.digest
             if other and any(self.output.glob("*.tar")) and not overwrite:
+                if (self.output / MANIFEST_NAME).is_file():
+                    # Another part has ended the job between these looks.
+                    return self.is_finished(overwrite)
                 raise DataError(
                     f"{self.output} holds an unfinished job with other inputs or options: choose another --output or pass --overwrite"
                 )
         elif self.output.is_dir() and not self.work.is_dir() and (names := [path.name for path in self.output.iterdir()]):
             if self.work.is_dir() or (self.output / MANIFEST_NAME).is_file():
-                # Another part has begun or ended the job between these looks.
+                # Another part has begun or ended it.
                 return self.is_finished(overwrite)
             raise DataError(f"--output {self.output} holds other files ({min(names)}, ...): name an empty or new folder")
         return False

@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 
+from data_tools.arguments import exit_status
+
 
 def main(args: list[str] | None = None) -> int:
     """Exit status 0 when the run finished or was stopped by a signal, 2 where it cannot start, 1 where it cannot go on."""
@@ -72,6 +74,6 @@ def _refuse(error: Exception, status: int = 2) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(exit_status(main))
     except KeyboardInterrupt:
         sys.exit(_interrupted())

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.arguments import Parser, named_path
+from data_tools.arguments import Parser, exit_status, named_path
 from pretrain.acceptance.cases import COMMON, KILL_AFTER, LONG, VARIANTS, Case, cases
 
 if TYPE_CHECKING:
@@ -182,4 +182,4 @@ def _seconds(path: Path) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -85,26 +85,33 @@ def all_reduce(index: int, kind: str, meet: dict[str, Any], rank: int, size: int
 
 
 def _repeated(values: "torch.Tensor", window_s: float, device: "torch.device") -> float:
-    """Mean seconds of an all-reduce, over at least `window_s`.
+    """Mean seconds of an all-reduce, repeated until the slowest rank has spent `window_s` on it.
 
     A number of repetitions settled on beforehand would not do: the few that follow from a first one that was held up may fall
     between two hold-ups of a process that is stopped now and then.
     """
+    elapsed, times, more = 0.0, 0, 1
+    # What only a first one takes is none of the measurement, and all begin together.
+    _slowest(0.0, device)
+    while True:
+        begun = time.perf_counter()
+        _all_reduces(values, more, device)
+        elapsed += time.perf_counter() - begun
+        times += more
+        # As of all, so that all go on or none does.
+        longest = _slowest(elapsed, device)
+        if longest >= window_s:
+            return elapsed / times
+        more = max(1, min(MOST_AT_ONCE, int(window_s / LOOKS * times / longest)))
+
+
+def _slowest(seconds: float, device: "torch.device") -> float:
     import torch
     import torch.distributed as dist
 
-    _synchronize(device)
-    begun, times, more = time.perf_counter(), 0, 1
-    while True:
-        _all_reduces(values, more, device)
-        times += more
-        elapsed = time.perf_counter() - begun
-        # By the slowest of all, so that all go on or none does.
-        agreed = torch.tensor(elapsed, dtype=torch.float64, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        if agreed.item() >= window_s:
-            return elapsed / times
-        more = max(1, min(MOST_AT_ONCE, int(window_s / LOOKS * times / agreed.item())))
+    longest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return longest.item()
 
 
 def _all_reduces(values: "torch.Tensor", times: int, device: "torch.device") -> None:

@@ -7,10 +7,10 @@ acceptance() {
     submit_tool
     return
   fi
-  check_settings
-  only_shown the cases of python -m pretrain.acceptance "$@" on "$(nodes | paste -sd' ')"
   enter_environment
+  check_settings
   PROCESSES=$(processes) || exit 2
+  only_shown "the cases of python -m pretrain.acceptance $*, on $(nodes | paste -sd' '), $PROCESSES processes each"
   node_environment
   rendezvous
   folder=${QSPARSE_RUNS:-$PWD/runs}/acceptance-$SLURM_JOB_ID

@@ -46,12 +46,12 @@ preflight_job() {
     return
   fi
   check_settings
-  only_shown python -m pretrain.preflight node "$@" on "$(nodes | paste -sd' ')"
   enter_environment
   PROCESSES=$(processes) || exit 2
+  [ -z "${QSPARSE_DATA:-}" ] || set -- --data "$QSPARSE_DATA" "$@"
+  only_shown "python -m pretrain.preflight node --devices $PROCESSES $*, on $(nodes | paste -sd' ')"
   TRAIN_NODES=$(nodes | wc -l) SIGNALLED=""
   node_environment
   rendezvous
-  [ -z "${QSPARSE_DATA:-}" ] || set -- --data "$QSPARSE_DATA" "$@"
   look_at_nodes "$runs/.preflight/$SLURM_JOB_ID" --run-directory "$runs" "$@"
 }

@@ -7,8 +7,8 @@ tool() {
     submit_tool
     return
   fi
-  only_shown "$@"
   enter_environment
+  only_shown "$@"
   FLAGS=("${ARGUMENTS[@]}")
   inside "$@"
 }
@@ -20,9 +20,9 @@ mlflow_server() {
     submit_tool
     return
   fi
-  only_shown python -m mlflow server "$@"
   enter_environment
   folder=${QSPARSE_MLFLOW:-${QSPARSE_RUNS:-$PWD/runs}/mlflow}
+  only_shown "python -m mlflow server $*, in $folder"
   mkdir -p "$folder"
   # One server at a time: a database in a file is for one process.
   exec 9>"$folder/lock"

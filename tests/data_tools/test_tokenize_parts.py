@@ -15,6 +15,7 @@ import pytest
 
 from data_tools.errors import DataError
 from data_tools.parts import Part
+from data_tools.shared import SharedJob
 from data_tools.tokenize import TokenizeResult, tokenize
 from tests.data_tools.helpers import ENVIRONMENT, SMALL, assert_clear_error, command, folder_bytes, job_options, run, write_jsonl
 
@@ -218,6 +219,23 @@ def test_another_part_begins_or_ends_the_job_between_two_looks(
 
     monkeypatch.setattr(Path, "is_dir", looked_at_before_it)
     assert parts.here("1/2").already_there == (other == "ends")
+    assert folder_bytes(parts.output) == single
+
+
+def test_another_part_ends_the_job_before_its_state_is_read(
+    parts: Parts, single: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts.work.mkdir(parents=True)
+    (parts.work / "job.json").write_text("{}")
+    read = SharedJob.read_state
+
+    def too_late(job: SharedJob) -> dict[str, Any]:
+        monkeypatch.setattr(SharedJob, "read_state", read)
+        parts.here("0/2")
+        return read(job)
+
+    monkeypatch.setattr(SharedJob, "read_state", too_late)
+    assert parts.here("1/2").already_there
     assert folder_bytes(parts.output) == single
 
 

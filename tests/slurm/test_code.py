@@ -56,10 +56,10 @@ def test_dry_run_inside_of_a_job(cluster, shards, tmp_path):
 @pytest.mark.parametrize(
     ("script", "shown"),
     [
-        ("acceptance.sh", "the cases of python -m pretrain.acceptance --flag on node"),
+        ("acceptance.sh", "the cases of python -m pretrain.acceptance --flag, on node"),
         ("compare.sh", "python -m pretrain.compare --flag"),
-        ("mlflow_server.sh", "python -m mlflow server --flag"),
-        ("preflight.sh", "python -m pretrain.preflight node --flag on node"),
+        ("mlflow_server.sh", "python -m mlflow server --flag, in /"),
+        ("preflight.sh", "python -m pretrain.preflight node --devices 1 --flag, on node"),
     ],
 )
 def test_dry_run_inside_of_a_job_that_does_not_train(script, shown, cluster, tmp_path):

@@ -79,7 +79,8 @@ def test_dry_run_of_what_does_not_train(script, large, tmp_path):
         capture_output=True,
         check=True,
     )
-    assert f"would run: sbatch --time=10 {SCRIPTS / script} --flag value\n  QSPARSE_RUNS={tmp_path}/runs\n" in done.stdout
+    assert f"would run: sbatch --time=10 {SCRIPTS / script} --flag value\n" in done.stdout
+    assert f"\n  QSPARSE_RUNS={tmp_path}/runs\n" in done.stdout
     assert "to start at" in done.stderr and not (tmp_path / "runs").exists()
 
 
