@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        # No fault of a file: `exit_status` sees to it.
         raise
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the device", file=sys.stderr)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -90,10 +89,10 @@ def test_a_broken_pipe_of_something_else_is_told():
 
 def test_errors_that_are_not_read_either_keep_the_status_from_being_0():
     """`2>&1 | head`."""
-    assert _unread("-m", "pretrain.status", "nowhere", errors_too=True)[0] in (2, SEEN_ENOUGH)
-    assert _unread("-m", "data_tools", "verify", "nowhere", errors_too=True)[0] in (2, SEEN_ENOUGH)
+    assert _unread("-m", "pretrain.status", "nowhere", errors_too=True)[0] == 2
+    assert _unread("-m", "data_tools", "verify", "nowhere", errors_too=True)[0] == SEEN_ENOUGH
 
 
 def test_without_an_output_at_all():
-    done = subprocess.run(f"{sys.executable} -m pretrain.status --help >&-", shell=True, cwd=Path.cwd(), timeout=60)
+    done = subprocess.run(f"{sys.executable} -m pretrain.status --help >&-", shell=True, timeout=60)
     assert done.returncode == 0

@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except BrokenPipeError:
+        # No fault of a file: `exit_status` sees to it.
         raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

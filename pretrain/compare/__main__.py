@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         selection = select(options)
         summaries = report(selection, options.baseline, options.output)
     except BrokenPipeError:
+        # No fault of a file: `exit_status` sees to it.
         raise
     except (ComparisonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

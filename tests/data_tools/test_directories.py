@@ -1,11 +1,9 @@
 """Folders that several processes make at the same moment."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from data_tools.files import make_directories
+from tests.overtaking import overtake
 
 
 def test_folders_above_are_made_too_and_a_file_in_the_way_is_told(tmp_path):
@@ -18,12 +16,7 @@ def test_folders_above_are_made_too_and_a_file_in_the_way_is_told(tmp_path):
 
 
 def test_one_that_another_process_makes_between_two_looks_is_none_in_the_way(tmp_path, monkeypatch):
-    look = Path.is_dir
-
-    def made_after_the_look(path: Path) -> bool:
-        found = look(path)
-        os.makedirs(path, exist_ok=True)
-        return found
-
-    monkeypatch.setattr(Path, "is_dir", made_after_the_look)
-    make_directories(tmp_path / "run")
+    run = tmp_path / "run"
+    overtake(monkeypatch, run, run.mkdir)
+    make_directories(run)
+    assert run.is_dir()

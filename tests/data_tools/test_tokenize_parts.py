@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data_tools.parts import Part
 from data_tools.shared import SharedJob
 from data_tools.tokenize import TokenizeResult, tokenize
 from tests.data_tools.helpers import ENVIRONMENT, SMALL, assert_clear_error, command, folder_bytes, job_options, run, write_jsonl
+from tests.overtaking import overtake
 
 UNITS = 24
 MOMENTS = {"hash": "hash/*.npz", "tokenize": "tokens/*.npz", "join": "shards/train-*.json"}
@@ -208,16 +210,7 @@ def test_another_part_begins_or_ends_the_job_between_two_looks(
 ) -> None:
     """Its folder is none of somebody else's files."""
     parts.output.mkdir()
-    look = Path.is_dir
-
-    def looked_at_before_it(path: Path) -> bool:
-        found = look(path)
-        if path == parts.work:
-            monkeypatch.setattr(Path, "is_dir", look)
-            path.mkdir() if other == "begins" else parts.here("0/2")
-        return found
-
-    monkeypatch.setattr(Path, "is_dir", looked_at_before_it)
+    overtake(monkeypatch, parts.work, parts.work.mkdir if other == "begins" else partial(parts.here, "0/2"))
     assert parts.here("1/2").already_there == (other == "ends")
     assert folder_bytes(parts.output) == single
 

@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.lease import Lease
 from pretrain.run_directory import own, problems
+from tests.overtaking import overtake
 from tests.pretrain.launch import TIMEOUT_S, TINY, training
 from tests.pretrain.test_bad_input import refused, run
 from tests.pretrain.test_checkpoints import without_root
@@ -35,15 +36,9 @@ def test_a_file_in_the_way_is_named(tmp_path):
 
 
 def test_a_folder_that_another_rank_makes_between_two_looks_is_no_file(tmp_path, monkeypatch):
-    look = Path.is_dir
-
-    def looked_at_before_it_is_made(path: Path) -> bool:
-        found = look(path)
-        os.makedirs(path, exist_ok=True)
-        return found
-
-    monkeypatch.setattr(Path, "is_dir", looked_at_before_it_is_made)
-    assert problems(tmp_path / "run") == []
+    run = tmp_path / "run"
+    overtake(monkeypatch, run, run.mkdir)
+    assert problems(run) == [] and run.is_dir()
 
 
 def test_missing_permissions_are_named():

@@ -71,17 +71,10 @@ def test_dry_run_of_a_node_too_many(large, shards, tmp_path):
 @pytest.mark.parametrize("script", TOOLS)
 def test_dry_run_of_what_does_not_train(script, large, tmp_path):
     env = {"DRY_RUN": "1", "QSPARSE_RUNS": str(tmp_path / "runs"), "QSPARSE_SBATCH": "--time=10"}
-    done = subprocess.run(
-        [*large._before, "bash", SCRIPTS / script, "--flag", "value"],
-        env=large.environment | env,
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    assert f"would run: sbatch --time=10 {SCRIPTS / script} --flag value\n" in done.stdout
-    assert f"\n  QSPARSE_RUNS={tmp_path}/runs\n" in done.stdout
-    assert "to start at" in done.stderr and not (tmp_path / "runs").exists()
+    said = large.client("bash", SCRIPTS / script, "--flag", "value", cwd=tmp_path, env=env)
+    assert f"would run: sbatch --time=10 {SCRIPTS / script} --flag value\n" in said
+    assert f"\n  QSPARSE_RUNS={tmp_path}/runs\n" in said
+    assert "to start at" in said and large.client("squeue", "-h").strip() == "" and not (tmp_path / "runs").exists()
 
 
 def test_dry_run_of_what_cannot_start_shows_all_and_fails(large, tmp_path):
