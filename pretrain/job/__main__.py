@@ -11,6 +11,7 @@ start, and neither can it later; 3: it is complete; 4: it was started often enou
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 import shutil
@@ -28,6 +29,9 @@ from pretrain.job.snapshot import take
 
 REFUSED, COMPLETE, GIVEN_UP, STOPPED = 2, 3, 4, 5
 TRIES = 3
+END_WAIT_S = 90
+"""For which training processes may go on once one has ended, besides what rank 0 takes to ship to MLflow: where one has failed, the
+others notice, wait for the save under way, tell people and end, within a minute; where that does not help they are killed."""
 PREEMPTED, CANCELLED = ("preempted", "requeued"), "cancelled"
 OF_ONE_START = ("signalled", outcome.NAME, attempts.PREEMPTED_NAME, attempts.SUCCESSOR_NAME)
 """Files in RUN_DIR/slurm/JOB.RESTART/ that say how that start ended."""
@@ -159,6 +163,7 @@ def _begin(options: argparse.Namespace, config: PretrainConfig) -> int:
     _answer(
         TRAIN_NODES=used.nodes, STEP=step, STEPS=config.train.steps, START_DIRECTORY=folder, QSPARSE_OUTCOME=_outcome_file(folder),
         DATA=Path(config.data.path).absolute(), DEVICE=config.device, RESUME=config.resume,
+        END_WAIT=END_WAIT_S + math.ceil(config.tracking.drain_timeout_s),
         JOURNAL_ONLY=1 if config.tracking.enabled and not config.tracking.uri and not os.environ.get("MLFLOW_TRACKING_URI") else "",
         # One queue keeps the order in which Megatron issues communication and computation of tensor parallelism; ZeRO-3
         # overlaps gathering with computing, which one queue would forbid. The user may know better.

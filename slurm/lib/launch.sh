@@ -5,6 +5,9 @@ nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 LAUNCHER=${LAUNCHER:-torchrun}
 
+# Seconds for which the other tasks of a step may go on once one has ended; `pretrain.job begin` knows it better.
+END_WAIT=120
+
 # What site.env or the user has set, before anything is done by it.
 check_settings() {
   local name
@@ -86,7 +89,7 @@ take_code() {
   fi
 }
 
-# Whether to train, and on how many of the nodes; sets TRAIN_NODES, STEP, STEPS, START_DIRECTORY, QSPARSE_OUTCOME, ...
+# Whether to train, and on how many of the nodes; sets TRAIN_NODES, STEP, STEPS, END_WAIT, START_DIRECTORY, QSPARSE_OUTCOME, ...
 begin() {
   local answer
   PROCESSES=$(processes) || return 2
@@ -157,6 +160,10 @@ record_nodes() {
 
 # exec srun with what every step on the training nodes needs: on_nodes TASKS_PER_NODE [options] command. It takes the place of the
 # shell: run it in one of its own, which Slurm's TERM, sent to all processes of the script, then does not end before its step.
+# A task that fails does not make srun end the others (--kill-on-bad-exit): they notice by themselves. Slurm says it to the nodes in a
+# message that each answers once its tasks have ended, and sends it again a minute later to one that took longer than MessageTimeout:
+# to the next start of this job, whose steps have the same numbers. KILL, for those that are still there after END_WAIT, is answered
+# at once.
 on_nodes() {
   local tasks=$1 bind=() options=()
   shift
@@ -164,7 +171,7 @@ on_nodes() {
   [[ $(cluster_setting TaskPlugin) == task/none ]] || bind=(--cpu-bind=none)
   mapfile -t options < <(container)
   exec srun --nodes="$TRAIN_NODES" --nodelist="$(nodes | head -n "$TRAIN_NODES" | paste -sd,)" --ntasks=$((TRAIN_NODES * tasks)) \
-    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT:-300}" "${bind[@]}" --export=ALL "${options[@]}" "$@"
+    --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=0 --wait="$END_WAIT" "${bind[@]}" --export=ALL "${options[@]}" "$@"
 }
 
 # The training processes; STEP_PID is srun's.

@@ -27,7 +27,7 @@ look_at_nodes() {
   say "preflight: looking at $(nodes | head -n "$TRAIN_NODES" | paste -sd' ')"
   # A node that does not answer is found by what it does not report: nobody waits for it longer than the others take.
   # 2 is for flags that do not exist, and no node's fault.
-  (KILL_ON_BAD_EXIT=0 WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
+  (END_WAIT=$PREFLIGHT_WAIT on_nodes 1 --quiet --time=$((PREFLIGHT_WAIT / 60 + 5)) "${before[@]}" \
     python -m pretrain.preflight node "${common[@]}" --address "$MASTER_ADDR" --port "$MASTER_PORT" --devices "$PROCESSES" \
     --scratch "$(scratch)" "$@") || status=$?
   [ "$status" != 2 ] || return 2

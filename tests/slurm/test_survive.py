@@ -1,13 +1,16 @@
 """Jobs that are signalled, preempted, lose a node or fail go on by themselves, and their run is the unbroken one bit for bit."""
 
+import json
 import os
 import re
+import signal
 import time
 
 import pytest
 
 from pretrain.callbacks.switches import LOOK_S
 from pretrain.job import attempts
+from pretrain.job.__main__ import END_WAIT_S
 from tests.pretrain.finished import Finished
 from tests.pretrain.forked import GRACE_S
 from tests.slurm import cluster as module
@@ -225,8 +228,22 @@ def test_a_rank_fails(cluster, shards, database, unbroken, tmp_path, slurm_log):
     log = job.finish()
     assert "failed in step 4: between two steps" in log or "ArithmeticError: a fault of this test" in log
     assert "again: the training processes ended with status 1; the newest complete checkpoint is of step 3" in log
+    assert "*** STEP" not in log, "Slurm was asked to end the step: it may ask for that once more, of the next start"
     assert Finished.read(tmp_path).differences(unbroken) == []
     slurm_log("a rank failed", job, went_on_after=3)
+
+
+@pytest.mark.slurm
+def test_a_rank_fails_and_another_notices_nothing(cluster, shards, database, unbroken, tmp_path):
+    """It is killed after a while."""
+    drain_s = 5
+    job = start(cluster, tmp_path, shards, database, "--tracking.drain_timeout_s", drain_s, fault="0 wait 5 0,1 raise 5 0")
+    job.until_waiting()
+    (owner,) = (job.run / ".owner").glob("*.json")
+    os.kill(json.loads(owner.read_text())["pid"], signal.SIGSTOP)
+    job.until(lambda: job.restarts() == 1, "requeued", timeout=END_WAIT_S + drain_s + START_S)
+    assert "going on after step 3" in job.finish()
+    assert Finished.read(tmp_path).differences(unbroken) == []
 
 
 @pytest.mark.slurm
