@@ -36,6 +36,9 @@ INTERVAL_S = 10.0
 PATIENCE_S = 75.0
 """Without a heartbeat after which an owner counts as dead; NFS caches attributes for up to 60 s."""
 
+LOOKS = 10
+"""At a higher number whose owner may give it back."""
+
 
 class DirectoryInUse(ValueError):
     """Another live process owns the run directory; the message names it."""
@@ -281,6 +284,12 @@ class Lease:
     def _look(self) -> None:
         """Take note of another owner, or of being none."""
         number, other = self.newest()
+        for _ in range(LOOKS):
+            if number <= self._number or not self._path(self._number).exists():
+                break
+            # Who comes too late takes a number, sees so and gives it back; a new owner removes the old ones.
+            time.sleep(min(1.0, self.interval_s))
+            number, other = self.newest()
         if number != self._number:
             by = f"{other}" if number > self._number else "another"
             self._lost = f"{self.directory} was taken from this process ({self.owner}) by {by}"

@@ -47,16 +47,21 @@ class Watchdog:
         """rank -> its last beat, and when it was new here."""
         self._answered = time.monotonic()
         """When the store did so last."""
-        self._ended = threading.Event()
+        self._ended, self._stopped = threading.Event(), threading.Event()
         self._blackboard = Blackboard()
         self._publish()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._watch, "watchdog"), (self._notice_stops, "stops"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """This rank's part is done in order."""
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._publish(done=True)
 
     def alarm(self, event: notify.Event, text: str, alone: bool) -> None:
@@ -88,20 +93,31 @@ class Watchdog:
         except OSError:
             return False
 
-    def _watch(self) -> None:
-        while True:
-            begun = time.monotonic()
-            if self._ended.wait(self.tick_s):
-                return
+    def _notice_stops(self) -> None:
+        """Where this process was stopped, by Slurm or a debugger, so were the others: all of them go on now.
+
+        A thread that does nothing else: the one that watches may have been stopped in the middle of a look.
+        """
+        begun = time.monotonic()
+        while not self._ended.wait(self.tick_s):
             if time.monotonic() - begun > self.tick_s + STOPPED_S:
-                # This process was stopped, by Slurm or a debugger, and the others with it: all of them go on now.
                 self.progress.renew()
+                self._stopped.set()
+            begun = time.monotonic()
+
+    def _watch(self) -> None:
+        stood = False
+        while not self._ended.wait(self.tick_s):
+            if self._stopped.is_set():
+                self._stopped.clear()
                 self._heard.clear()
             self._beat += 1
             self._publish()
             if not self.timeout_s:
                 continue
-            if self.progress.standing_s > self.timeout_s or self._blackboard.has("hang"):
+            # Twice: after a stop the other thread is to say so first.
+            stands, stood = stood, self.progress.standing_s > self.timeout_s
+            if (stands and stood) or self._blackboard.has("hang"):
                 self._end()
             elif silent := self._silent():
                 self._leave(silent)
@@ -155,15 +171,16 @@ class Watchdog:
             self._beat += 1
             self._publish()
         culprits = self._culprits(before)
+        # Ranks come here up to a look apart.
         if culprits and self.rank not in culprits:
-            time.sleep(min(2.0, self.timeout_s))
+            time.sleep(self.tick_s + min(2.0, self.timeout_s))
         doing, host = self.progress.now, socket.gethostname()
         waited = time.monotonic() - doing.since
         told = f"rank {self.rank} ({host}): no progress for {waited:.0f} s {doing}{self._told(culprits)}"
         self._say(told)
         self.alarm("stall", told, self.speaks)
-        # The launcher ends the others as soon as one has ended.
-        time.sleep(min(3.0, self.timeout_s))
+        # The launcher ends the others as soon as one has ended: before they have said where they are.
+        time.sleep(2 * self.tick_s + min(3.0, self.timeout_s))
         notify.linger()
         os._exit(1)
 

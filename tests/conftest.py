@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_tools.cli import main as data_tools
 from pretrain.tracking.store import connect
 from tests.distributed import Pool
 from tests.pretrain.finished import Finished, start, uri
 from tests.pretrain.launch import TIMEOUT_S
+
+# The machine may be busy: no test is about how long an example takes.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_addoption(parser):

@@ -158,8 +158,11 @@ def forking():
 
 def _stacks(world: str, rank: int) -> str:
     """Where a rank hung; each one writes it down shortly before the parent gives up."""
-    path = Path(f"{world}.stacks{rank}")
-    return f"rank {rank} hung at:\n{path.read_text() if path.exists() else '(it had not started)'}"
+    path, deadline = Path(f"{world}.stacks{rank}"), time.monotonic() + 10
+    # The main thread's outermost frame comes last; a rank that did not get to run writes late.
+    while not (text := path.read_text() if path.exists() else "").endswith(" in <module>\n") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return f"rank {rank} hung at:\n{text or '(it had not started)'}"
 
 
 def _serve(rank: int, connection: Connection) -> None:

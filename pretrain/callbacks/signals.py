@@ -18,6 +18,8 @@ from pretrain.watchdog import Watchdog
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 AGAIN_S = 5.0
 """torchrun passes a signal on that has reached its whole process group already: one that comes within this time is the same."""
+JOB_VARIABLE = "START_DIRECTORY"
+"""In the environment of what slurm/lib/launch.sh starts."""
 LOST_S = 10.0
 """After a signal, how long a rank whose peer is gone may take to notice by itself: NCCL does not."""
 
@@ -27,7 +29,7 @@ class StopOnSignal(Callback):
 
     Python's handlers run between two instructions of the main thread, which may be waiting for other ranks. So a thread reads the
     numbers from the descriptor that the interpreter writes them to at once: it answers the first signal, ends the process at a
-    second SIGTERM or SIGINT, and where the process that launched us ends us because another rank has died.
+    second SIGTERM (not in a job) or SIGINT, and where the process that launched us ends us because another rank has died.
     """
 
     doing = "agreeing on signals"
@@ -38,6 +40,8 @@ class StopOnSignal(Callback):
         self.asked = torch.zeros(2, dtype=torch.int32, device=device)
         """Signal and switch."""
         self.watchdog = watchdog
+        # slurmd, srun and torchrun each pass Slurm's TERM on, on a node that is busy many seconds apart; its KILL is the end.
+        self._end_at_once = ("SIGINT",) if os.environ.get(JOB_VARIABLE) else ("SIGTERM", "SIGINT")
         self._asked: float | None = None
         self._numbers, descriptor = os.pipe()
         os.set_blocking(descriptor, False)
@@ -57,15 +61,16 @@ class StopOnSignal(Callback):
                 continue
             name = signal.Signals(number[0])
             self.received = int(name)
-            if first:
-                self._tell(f"{name.name}: finishing the step and saving, then ending; a second SIGTERM or SIGINT ends at once")
-                first = False
-            if name == signal.SIGUSR1:
-                continue
-            if self._asked is None:
+            again = self._asked is not None and time.monotonic() - self._asked > AGAIN_S
+            if name != signal.SIGUSR1 and self._asked is None:
                 self._asked = time.monotonic()
                 threading.Thread(target=self._notice_the_dead, name="lost ranks", daemon=True).start()
-            elif time.monotonic() - self._asked > AGAIN_S:
+            if first:
+                self._tell(
+                    f"{name.name}: finishing the step and saving, then ending; a second {' or '.join(self._end_at_once)} ends at once"
+                )
+                first = False
+            if again and name.name in self._end_at_once:
                 self._tell(f"{name.name} again: ending at once, without a checkpoint of this step")
                 os._exit(128 + int(name))
 

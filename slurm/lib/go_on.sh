@@ -29,7 +29,8 @@ go_on() {
       say "goes on in this job: scontrol requeue $(this_job)"
       # It sends TERM to this script at once.
       trap "" TERM
-      if patiently scontrol requeue "$(this_job)"; then
+      # The answer may have been lost.
+      if patiently scontrol requeue "$(this_job)" || [[ $(fate) == requeued* ]]; then
         exclude_bad_nodes "$(this_job)"
       elif [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
         say "error: the job cannot be requeued: submit it again, or choose another CONTINUE"

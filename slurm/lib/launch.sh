@@ -80,9 +80,9 @@ flag() {
 # CODE, the run's own copy of the code: made at its first start, or by UPDATE_CODE=1.
 take_code() {
   local answer
-  answer=$(inside python -m pretrain.job directory -- "${FLAGS[@]}") || leave $?
+  answer=$(inside python -m pretrain.job directory -- "${FLAGS[@]}") || leave_early $?
   eval "$answer"
-  answer=$(inside python -m pretrain.job code --source "$ORIGIN" --job "$SLURM_JOB_ID" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave $?
+  answer=$(inside python -m pretrain.job code --source "$ORIGIN" --job "$SLURM_JOB_ID" ${UPDATE_CODE:+--update} -- "${FLAGS[@]}") || leave_early $?
   eval "$answer"
   if ! { mkdir -p "$(dirname "$JOB_NOTE")" && echo "$RUN_DIRECTORY" >"$JOB_NOTE"; } 2>/dev/null; then
     say "warning: $JOB_NOTE cannot be written: this job's next start begins with the code of $ORIGIN"
@@ -162,8 +162,8 @@ record_nodes() {
 # shell: run it in one of its own, which Slurm's TERM, sent to all processes of the script, then does not end before its step.
 # A task that fails does not make srun end the others (--kill-on-bad-exit): they notice by themselves. Slurm says it to the nodes in a
 # message that each answers once its tasks have ended, and sends it again a minute later to one that took longer than MessageTimeout:
-# to the next start of this job, whose steps have the same numbers. KILL, for those that are still there after END_WAIT, is answered
-# at once.
+# to the next start of this job, whose steps have the same numbers, where a site lets requeued jobs start sooner than the two minutes
+# of the default. KILL, for those that are still there after END_WAIT, is answered at once.
 on_nodes() {
   local tasks=$1 bind=() options=()
   shift

@@ -32,9 +32,15 @@ run_job() {
     0) ;;
     3) leave 0 ;;                # complete
     5) leave "$UNFINISHED" ;;    # somebody has stopped it
-    *) leave "$status" ;;
+    *) leave_early "$status" ;;
   esac
   record_nodes
   preflight
   train
+}
+
+# Where Slurm's TERM has ended what comes before training, the run goes on as if it had ended training.
+leave_early() {
+  [ "$SIGNALLED" != TERM ] || after_training 0
+  leave "$1"
 }

@@ -123,7 +123,12 @@ fate() {
   fi
 }
 
-job_line() { timeout 30 scontrol -o show job "$(this_job)" || true; }
+# Asked twice where the controller does not answer at first: in doubt a cancelled job would go on. Slurm's KILL comes 30 s after TERM.
+job_line() {
+  local try
+  for try in 1 2; do timeout "$((12 / try))" scontrol -o show job "$(this_job)" && return; done
+  return 0
+}
 
 # was_preempted LINE: in this start. Slurm may still know of an earlier one's.
 was_preempted() {

@@ -42,7 +42,7 @@ def test_special_token_text_stays_text(name: str, tokenizer: Path) -> None:
         assert loaded.eod_id in reference.encode(text).ids, "the library itself would have made it the end of a document"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(max_size=80))
 def test_backends_agree_on_any_text(tokenizer: Path, text: str) -> None:
     loaded = load_tokenizer(tokenizer)

@@ -70,7 +70,7 @@ def test_byte_order_mark_and_missing_last_newline(tmp_path: Path) -> None:
     assert read_all(path) == ["a", "b"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(st.text(max_size=30), max_size=12), unit_bytes=st.integers(1, 90), newline=st.booleans(), buffer=st.integers(2, 64))
 def test_units_cover_each_line_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], unit_bytes: int, newline: bool, buffer: int

@@ -126,7 +126,7 @@ def test_open_maps_are_bounded_and_not_pickled(shards: Path, monkeypatch: pytest
     assert [copy[index].tolist() for index in range(len(copy))] == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=9), seed=st.integers(0, 2**63 - 1), window=st.integers(1, 5))
 def test_order_is_a_permutation_within_windows(counts: list[int], seed: int, window: int) -> None:
     size = sum(counts)

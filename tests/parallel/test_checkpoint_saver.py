@@ -57,7 +57,7 @@ def _lost(rank: int, directory: Path) -> str:
     gone = threading.Event()
     with layout() as parallel, pytest.MonkeyPatch.context() as patch:
         engine = make_engine(Case(), parallel)
-        patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=2))
+        patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=10))
         patch.setattr(saver, "GRACE_S", 0.1)
         saving = Saver(engine)
         saving.start([Output(directory=directory, prepare=gone.wait)])
@@ -88,7 +88,7 @@ def _alone_in_its_failure(rank: int, directory: Path) -> str:
     with layout() as parallel, pytest.MonkeyPatch.context() as patch:
         engine = make_engine(Case(stage=3), parallel)
         patch.setattr(Snapshot, "assemble", failing)
-        patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=5))
+        patch.setattr(saver, "GROUP_TIMEOUT", timedelta(seconds=30))
         patch.setattr(saver, "GRACE_S", 0.1)
         saving = Saver(engine)
         saving.start([Output(directory=directory)])
@@ -96,9 +96,11 @@ def _alone_in_its_failure(rank: int, directory: Path) -> str:
         with pytest.raises(SaveError) as caught:
             while True:
                 saving.poll()
-        # Let rank 0's thread go on, to its next wait, which it gives up.
+        # Both have seen it: let rank 0's thread go on, to its next wait, and end there.
+        dist.barrier()
         for snapshot, group in kept:
             assemble(snapshot, group)
+            dist.all_gather_object([None] * 2, {1: "gave up"}, group=group)
         thread.join()
         dist.barrier()
         saving.close()

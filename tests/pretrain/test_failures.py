@@ -5,13 +5,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from pretrain.blackboard import Blackboard
-from pretrain.callbacks.signals import AGAIN_S
+from pretrain.callbacks.signals import AGAIN_S, JOB_VARIABLE
 from pretrain.job.outcome import VARIABLE
 from pretrain.lease import FOLDER, Owner
 from pretrain.status import facts, state
@@ -101,6 +104,23 @@ def test_a_failure_while_the_ranks_meet_is_no_refusal(shards, tmp_path):
         assert ") failed meeting the other ranks\nTraceback" in process.output and "DistStoreError: a fault" in process.output
 
 
+@dataclass(frozen=True)
+class From:
+    """Nothing counts as a hang or a silence before that step: how long a start takes is not what is tested."""
+
+    step: int
+    before: Callable[[int], None]
+
+    def __call__(self, rank: int) -> None:
+        from pretrain.progress import Progress
+        from pretrain.watchdog import Watchdog
+
+        standing, silent = Progress.standing_s.fget, Watchdog._silent
+        Progress.standing_s = property(lambda progress: standing(progress) if progress.now.step >= self.step else 0.0)
+        Watchdog._silent = lambda watchdog: silent(watchdog) if watchdog.progress.now.step >= self.step else {}
+        self.before(rank)
+
+
 def _hang(fault: Fault, told: str, *marks):
     return pytest.param(fault, told, id=f"{fault.where}-{fault.what}", marks=marks)
 
@@ -116,7 +136,7 @@ HANGS = [
 @pytest.mark.parametrize(("fault", "told"), HANGS)
 def test_a_hang_names_the_rank_that_the_others_wait_for(shards, tmp_path, fault, told):
     arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, *notified.NOTIFY, "--train.hang_timeout_s", 4]
-    with training(*arguments, before=fault) as process:
+    with training(*arguments, before=From(fault.step, fault)) as process:
         other = process.processes[1 - fault.rank]
         other.join(TIMEOUT_S)
         output, code = process.output, other.exitcode
@@ -149,7 +169,7 @@ class Silenced:
 @pytest.mark.parametrize("silent", [1, pytest.param(0, marks=pytest.mark.matrix)])
 def test_a_rank_without_a_sign_of_life_ends_the_others_long_before_a_hang_would(shards, tmp_path, silent):
     arguments = ["--data.path", shards, "--output_dir", tmp_path / "run", *ARGUMENTS, "--train.hang_timeout_s", 1800]
-    with training(*arguments, before=Silenced(silent)) as process:
+    with training(*arguments, before=From(4, Silenced(silent))) as process:
         other = process.processes[1 - silent]
         other.join(60)
         assert other.exitcode == 1, process.output
@@ -157,23 +177,45 @@ def test_a_rank_without_a_sign_of_life_ends_the_others_long_before_a_hang_would(
         assert told in process.output
 
 
+def _wait_until_stopped(process: ForkedRun) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(psutil.Process(one.pid).status() != psutil.STATUS_STOPPED for one in process.processes):
+        assert time.monotonic() < deadline, process.output
+        time.sleep(0.02)
+
+
 @dataclass(frozen=True)
 class Hasty:
-    """Ranks are given up soon."""
+    """Ranks are given up soon. Where the file is there a rank stops by itself, once, in the middle of the watchdog's look."""
+
+    stop: Path
 
     def __call__(self, rank: int) -> None:
         from pretrain import watchdog
 
         watchdog.SILENCE_S, watchdog.MAX_TICK_S, watchdog.STOPPED_S = 5.0, 0.5, 2.0
+        publish, stops = watchdog.Watchdog._publish, [signal.SIGSTOP]
+
+        def publishing(*args, **kwargs) -> None:
+            if self.stop.exists() and stops:
+                os.kill(os.getpid(), stops.pop())
+            publish(*args, **kwargs)
+
+        watchdog.Watchdog._publish = publishing
 
 
-def test_a_run_that_is_suspended_goes_on(shards, tmp_path):
+@pytest.mark.parametrize("moment", ["in a look", pytest.param("at any", marks=pytest.mark.matrix)])
+def test_a_run_that_is_suspended_goes_on(shards, tmp_path, moment):
     """As Slurm does for jobs that must wait, node after node; longer than a hang and a silence may last."""
-    run = tmp_path / "run"
+    run, stop = tmp_path / "run", tmp_path / "stop"
     arguments = ["--data.path", shards, "--output_dir", run, *ARGUMENTS, "--train.hang_timeout_s", 6]
-    with training(*arguments, before=Hasty()) as process:
+    with training(*arguments, before=From(3, Hasty(stop))) as process:
         wait_for_step(process, run, 3)
-        process.send_signal(signal.SIGSTOP)
+        if moment == "in a look":
+            stop.touch()
+        else:
+            process.send_signal(signal.SIGSTOP)
+        _wait_until_stopped(process)
         time.sleep(8)
         seen = {later: state.judge(facts.read(run, time.time() + later), None, time.time() + later) for later in (0, 3600)}
         assert [status.state for status in seen.values()] == ["training", "stalled"] and seen[0].eta_s > 0
@@ -239,20 +281,40 @@ def _told(process: ForkedRun, text: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_signal_is_answered_at_once_and_a_second_one_obeyed_though_the_rank_is_blocked(shards, tmp_path):
+@dataclass(frozen=True)
+class Blocked:
+    """Rank 0 waits for the other one in step 4."""
+
+    in_job: bool
+
+    def __call__(self, rank: int) -> None:
+        os.environ[JOB_VARIABLE] = "a folder" if self.in_job else ""
+        Fault(1, 4, "step", "sleeps")(rank)
+
+
+@pytest.mark.parametrize("in_job", [False, True])
+def test_a_signal_is_answered_at_once_and_a_second_one_obeyed_though_the_rank_is_blocked(shards, tmp_path, in_job):
+    """Of a job there may be copies that come late."""
     run = tmp_path / "run"
-    with training("--data.path", shards, "--output_dir", run, *ARGUMENTS, before=Fault(1, 4, "step", "sleeps")) as process:
+    with training("--data.path", shards, "--output_dir", run, *ARGUMENTS, before=Blocked(in_job)) as process:
         wait_for_step(process, run, 3)
-        os.kill(process.processes[0].pid, signal.SIGTERM)
-        _told(process, "SIGTERM: finishing the step and saving, then ending; a second SIGTERM or SIGINT ends at once")
+        rank = process.processes[0]
+        os.kill(rank.pid, signal.SIGTERM)
+        second = "SIGINT" if in_job else "SIGTERM or SIGINT"
+        _told(process, f"SIGTERM: finishing the step and saving, then ending; a second {second} ends at once")
         # The launcher's copy of the same signal.
-        os.kill(process.processes[0].pid, signal.SIGTERM)
-        process.processes[0].join(AGAIN_S + 0.5)
-        assert process.processes[0].exitcode is None
-        os.kill(process.processes[0].pid, signal.SIGTERM)
-        process.processes[0].join(30)
-        assert process.processes[0].exitcode == 128 + signal.SIGTERM
-        assert "SIGTERM again: ending at once, without a checkpoint of this step" in process.output
+        os.kill(rank.pid, signal.SIGTERM)
+        rank.join(AGAIN_S + 2)
+        assert rank.exitcode is None
+        if in_job:
+            os.kill(rank.pid, signal.SIGTERM)
+            rank.join(2)
+            assert rank.exitcode is None
+        last = signal.SIGINT if in_job else signal.SIGTERM
+        os.kill(rank.pid, last)
+        rank.join(30)
+        assert rank.exitcode == 128 + last
+        assert f"{last.name} again: ending at once, without a checkpoint of this step" in process.output
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,15 @@ def _leave(directory: Path, number: int = 1, **changes) -> Path:
     owner = dataclasses.replace(Owner.here(), **{"host": "node7", "machine": "elsewhere", "pid": 4242, **changes})
     path = directory / FOLDER / f"{number:06d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(owner.encode())
+    _replace(path, owner)
     return path
+
+
+def _replace(path: Path, owner: Owner) -> None:
+    """As a whole: others may be reading it."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_bytes(owner.encode())
+    beside.replace(path)
 
 
 def _files(directory: Path) -> list[str]:
@@ -92,7 +99,7 @@ def test_an_owner_on_another_machine_whose_heart_beats_is_named(tmp_path):
         owner = Owner.decode(path.read_bytes())
         while not ended.wait(0.05):
             owner = dataclasses.replace(owner, beats=owner.beats + 1)
-            path.write_bytes(owner.encode())
+            _replace(path, owner)
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -212,10 +219,21 @@ def test_a_process_that_was_stopped_looks_before_it_believes_its_last_heartbeat(
     lease = Lease(tmp_path, interval_s=1000)
     lease.acquire(lambda text: None)
     _leave(tmp_path, number=2)
+    lease._path(1).unlink()
     lease.check()
     lease._beaten -= 4000
     with pytest.raises(LeaseLost, match="by process 4242 on node7"):
         lease.check()
+    lease.release()
+
+
+def test_a_number_that_is_given_back_takes_nothing_away(tmp_path):
+    """By who came too late, and saw so only then."""
+    lease = Lease(tmp_path, interval_s=1000)
+    lease.acquire(lambda text: None)
+    _leave(tmp_path, number=2)
+    threading.Timer(1.5, lease._path(2).unlink).start()
+    lease.check(now=True)
     lease.release()
 
 

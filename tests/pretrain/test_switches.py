@@ -34,7 +34,8 @@ def test_what_a_signalled_job_leaves(tmp_path, look_often, monkeypatch):
     assert (found.look(), found.look()) == (END, END)
 
 
-def test_a_look_costs_nothing_most_of_the_time(tmp_path):
+def test_a_look_costs_nothing_most_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(switches, "LOOK_S", 3600.0)
     found = Switches(tmp_path)
     assert found.look() == NOTHING
     (tmp_path / "STOP").touch()
@@ -53,7 +54,7 @@ def _look_into(folder: Path, rank: int) -> None:
 def test_a_signal_that_reaches_no_process(shards, tmp_path):
     """As from Slurm, where it follows processes by cgroups: torchrun alone gets it."""
     run = tmp_path / "run"
-    flags = ["--data.path", shards, "--output_dir", run, "--train.steps", 1000, "--train.global_batch_size", 8]
+    flags = ["--data.path", shards, "--output_dir", run, "--train.steps", 100_000, "--train.global_batch_size", 8]
     with training(*flags, before=partial(_look_into, tmp_path)) as process:
         wait_for_step(process, run, 2)
         (tmp_path / END_NAME).touch()
@@ -63,7 +64,7 @@ def test_a_signal_that_reaches_no_process(shards, tmp_path):
 
 def test_save_and_stop(shards, tmp_path):
     run = tmp_path / "run"
-    flags = ["--data.path", shards, "--output_dir", run, "--train.steps", 1000, "--train.global_batch_size", 8]
+    flags = ["--data.path", shards, "--output_dir", run, "--train.steps", 100_000, "--train.global_batch_size", 8]
     with training(*flags, before=_look_at_every_step) as process:
         wait_for_step(process, run, 2)
         (run / "SAVE").touch()

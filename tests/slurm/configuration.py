@@ -17,8 +17,9 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# cred_expire is also how long a requeued job waits before it may start again (120 s by default).
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+# cred_expire is also how long a requeued job waits before it may start again (120 s by default). Of the times that follow none may be
+# so short that a machine which is busy, or stops for a few seconds, makes Slurm take a node for dead, or repeat a message.
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
 CredType=cred/munge
 SlurmctldPort={port}
 StateSaveLocation={folder}/state
@@ -39,10 +40,10 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 SlurmctldTimeout=30
-SlurmdTimeout=6
-MessageTimeout=5
+SlurmdTimeout=10
+MessageTimeout=30
 InactiveLimit=0
-KillWait=30
+KillWait=90
 MinJobAge=3600
 CompleteWait=0
 EpilogMsgTime=0

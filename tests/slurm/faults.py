@@ -26,7 +26,7 @@ def hidden(cluster: Cluster, name: str, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slowed(cluster: Cluster, name: str, command: str, stopped_s: float = 0.1) -> Iterator[None]:
-    """Processes of this node with that in their command line are stopped for so long, then run for 5 ms, and so on."""
+    """Processes of this node with that in their command line are stopped for so long, then run for a tenth of that, and so on."""
     ended = threading.Event()
     thread = threading.Thread(target=_slow_down, args=(cluster, name, command, stopped_s, ended))
     thread.start()
@@ -39,17 +39,17 @@ def slowed(cluster: Cluster, name: str, command: str, stopped_s: float = 0.1) ->
 
 def _slow_down(cluster: Cluster, name: str, command: str, stopped_s: float, ended: threading.Event) -> None:
     found: set[psutil.Process] = set()
-    looked = 0.0
     while not ended.is_set():
-        if time.monotonic() - looked > 0.05:
-            looked = time.monotonic()
-            with contextlib.suppress(psutil.Error):
-                below = [child for pid in cluster.steps(name) for child in psutil.Process(pid).children(recursive=True)]
-                found = {process for process in below if command in " ".join(process.cmdline())}
-        for number, seconds in ((signal.SIGSTOP, stopped_s), (signal.SIGCONT, 0.005)):
-            _send(found, number)
-            ended.wait(seconds if found else 0.05)
-    _send(found, signal.SIGCONT)
+        _send(found, signal.SIGSTOP)
+        began = time.monotonic()
+        # While they are stopped, since looking takes its time.
+        with contextlib.suppress(psutil.Error):
+            below = [child for pid in cluster.steps(name) for child in psutil.Process(pid).children(recursive=True)]
+            found |= {process for process in below if command in " ".join(process.cmdline())}
+        _send(found, signal.SIGSTOP)
+        ended.wait(max(0.05, stopped_s - (time.monotonic() - began)) if found else 0.05)
+        _send(found, signal.SIGCONT)
+        ended.wait(stopped_s / 10 if found else 0)
 
 
 def _send(processes: set[psutil.Process], number: signal.Signals) -> None:

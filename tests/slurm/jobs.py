@@ -78,6 +78,18 @@ class Job:
         self.times["signal"] = time.time()
         self.cluster.client("scancel", *arguments, self.id)
 
+    def warn(self) -> None:
+        """The time limit's signal, to an element of an array as well: to one scancel sends it again and again, and waits for long."""
+        deadline = time.monotonic() + START_S
+        while "USR1: the training processes are to finish" not in self.log:
+            assert time.monotonic() < deadline, self.log
+            self.cluster.client("timeout", "3", "scancel", "--batch", "--signal=USR1", self.id, check=False)
+            time.sleep(1)
+
+    def give_time(self) -> None:
+        """The time limit is no matter any more."""
+        self.cluster.client("scontrol", "update", f"JobId={self.id}", "TimeLimit=60")
+
     def restarts(self) -> int:
         return int(self.cluster.job(self.id)["Restarts"])
 
@@ -128,3 +140,13 @@ def tracked(folder: Path, database: Path, **env: str) -> dict[str, str]:
     """Environment of a job that ships to a database of its own and writes down its samples."""
     shutil.copy(database, folder)
     return {"MLFLOW_TRACKING_URI": uri(folder), "TEST_SAMPLES": str(folder / "samples.jsonl"), **env}
+
+
+WAITS_AT_5 = "0 wait 5 0"
+"""Rank 0, before step 5 of the first start."""
+
+
+def start(cluster, folder, shards, database, *more, **options):
+    """The run that is compared with the unbroken one. fault: TEST_FAULT; options: of `submit`."""
+    env = tracked(folder, database, TEST_FAULT=options.pop("fault", WAITS_AT_5)) | options.pop("env", {})
+    return submit(cluster, folder, *flags(folder, shards, *more), env=env, **options)

@@ -8,10 +8,10 @@ from tests.slurm.jobs import submit
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2700)
 def test_acceptance(cluster, tmp_path):
     job = submit(cluster, tmp_path, "--device", "cpu", script="acceptance.sh")
-    log = job.finish(800)
+    log = job.finish(2400)
     report = tmp_path / "runs" / f"acceptance-{job.id}" / "report.json"
     found = {case["name"]: case for case in json.loads(report.read_text())["cases"]}
     assert all(case["fits"] for case in found.values()) and "cases fit.**" in log

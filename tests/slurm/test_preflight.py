@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.job import attempts
 from tests.slurm.faults import hidden, slowed
-from tests.slurm.jobs import flags, submit
+from tests.slurm.jobs import START_S, flags, submit
 
 QUIET = {"QSPARSE_PREFLIGHT_FRACTION": "0.25"}
 """The nodes share the cores of one machine, which may be busy: half as fast as usual is nothing there."""
@@ -18,7 +18,7 @@ def test_a_slow_node_and_one_that_cannot_read_the_data(cluster, shards, tmp_path
     given = flags(tmp_path, shards, "--tracking.enabled", "false", "--train.micro_batch_size", 4, "--train.global_batch_size", 24)
     with hidden(cluster, "node3", shards), slowed(cluster, "node2", "pretrain.preflight"):
         job = submit(cluster, tmp_path, *given, options=("--nodes=1-3",), env={"PREFLIGHT": "1"} | QUIET)
-        job.until(lambda: job.restarts() == 1, "requeued")
+        job.until(lambda: job.restarts() == 1, "requeued", timeout=2 * START_S)
     log = job.finish()
     assert "bad node: node2: CPU process 0 computes slowly: " in log and "bad node: node3: cannot read the manifest " in log
     assert "bad node: node1" not in log and ": 2 bad: node2 node3" in log
@@ -39,9 +39,9 @@ def test_a_node_that_hangs(cluster, tmp_path):
             "cpu",
             script="preflight.sh",
             options=("--nodes=3",),
-            env={"QSPARSE_PREFLIGHT_WAIT": "24"} | QUIET,
+            env={"QSPARSE_PREFLIGHT_WAIT": "75"} | QUIET,
         )
-        found = job.wait()
+        found = job.wait(2 * START_S)
     assert found["JobState"] == "FAILED" and found["ExitCode"] == "3:0", job.log
     assert "bad node: node3: did not " in job.log and ": 1 bad: node3" in job.log
     assert (tmp_path / "runs" / ".preflight" / job.id / "bad").read_text() == "node3\n"

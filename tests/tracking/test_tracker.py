@@ -32,6 +32,12 @@ def history(uri: str, directory: Path, metric: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run waits for MLflow as long as any other: the disk may be busy."""
+    monkeypatch.setattr("pretrain.tracking.tracker.KILLED_DRAIN_S", 60.0)
+
+
 def test_everything_about_a_run_arrives(tmp_path: Path, database_uri: str) -> None:
     directory = tmp_path / "run"
     directory.mkdir()
@@ -73,7 +79,7 @@ def test_everything_about_a_run_arrives(tmp_path: Path, database_uri: str) -> No
     assert all(set(row) >= {"step", "timestamp_ms"} for row in rows) and len(rows) == 3
 
 
-def test_resume_goes_on_with_the_same_run(tmp_path: Path, database_uri: str) -> None:
+def test_resume_goes_on_with_the_same_run(tmp_path: Path, database_uri: str, patient: None) -> None:
     directory, client = tmp_path / "run", connect(database_uri)
     tracker = Tracker(config(database_uri), directory, params={"lr": 0.1, "steps": 10, "gone": 1})
     for step in range(1, 8):
@@ -149,7 +155,7 @@ def test_samples_go_on_behind_a_damaged_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_statuses_arrive(tmp_path: Path, database_uri: str, status: str) -> None:
+def test_statuses_arrive(tmp_path: Path, database_uri: str, patient: None, status: str) -> None:
     tracker = Tracker(config(database_uri), tmp_path / "run", params={})
     tracker.close(status)
     tracker.close("FINISHED")
