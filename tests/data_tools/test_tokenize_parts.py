@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from data_tools.parts import Part
 from data_tools.shared import SharedJob
 from data_tools.tokenize import TokenizeResult, tokenize
 from tests.data_tools.helpers import ENVIRONMENT, SMALL, assert_clear_error, command, folder_bytes, job_options, run, write_jsonl
+from tests.data_tools.stopping import stopped
 from tests.overtaking import overtake
 
 UNITS = 24
@@ -65,16 +65,10 @@ class Parts:
 
     def start_until(self, moment: str, *more: object) -> subprocess.Popen:
         """Stopped in the middle of that pass, of which it has done something, with all its locks."""
-        before = len(list(self.work.glob(MOMENTS[moment])))
-        process = self.start(*more)
-        deadline = time.monotonic() + 60
-        while len(list(self.work.glob(MOMENTS[moment]))) < before + 2:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGSTOP)
+        there = len(list(self.work.glob(MOMENTS[moment])))
+        self.processes.append(stopped(self.work, MOMENTS[moment], there + 2, *self.arguments(*more)))
         assert not (self.output / "manifest.json").exists()
-        return process
+        return self.processes[-1]
 
     def here(self, part: str, **changes: Any) -> TokenizeResult:
         options = job_options(backend="tokenizers", **changes.pop("options", {}))

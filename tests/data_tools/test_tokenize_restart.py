@@ -7,8 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,17 +15,8 @@ import pytest
 from data_tools import tokenize as tokenize_module
 from data_tools.errors import DataError
 from data_tools.tokenize import tokenize
-from tests.data_tools.helpers import (
-    ENVIRONMENT,
-    SMALL,
-    assert_clear_error,
-    command,
-    folder_bytes,
-    job_options,
-    run,
-    tokenize_here,
-    write_jsonl,
-)
+from tests.data_tools.helpers import ENVIRONMENT, SMALL, assert_clear_error, folder_bytes, job_options, run, tokenize_here, write_jsonl
+from tests.data_tools.stopping import stopped
 
 
 @pytest.fixture(scope="module")
@@ -50,68 +39,41 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, many_inputs: list[Path
     return folder_bytes(output)
 
 
-def in_hash_pass(work: Path) -> bool:
-    return len(list(work.glob("hash/*.npz"))) >= 3
+IN_HASH_PASS, IN_TOKENIZATION, AFTER_A_SHARD = ("hash/*.npz", 3), ("tokens/*.npz", 3), ("shards/train-*.json", 2)
+"""Files that there are in the work folder then, and how many."""
 
 
-def in_tokenization(work: Path) -> bool:
-    return len(list(work.glob("tokens/*.npz"))) >= 3
-
-
-def after_a_shard(work: Path) -> bool:
-    return len(list(work.glob("shards/train-*.json"))) >= 2
+def killed(process: subprocess.Popen) -> None:
+    """With it its workers, by themselves."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == [], "workers must not outlive a killed parent"
+    process.communicate()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("moment", [in_hash_pass, in_tokenization, after_a_shard])
+@pytest.mark.parametrize("moment", [IN_HASH_PASS, IN_TOKENIZATION, AFTER_A_SHARD], ids=["hash", "tokenize", "shard"])
 def test_killed_and_started_again(
     tmp_path: Path,
     tokenizer: Path,
     many_inputs: list[Path],
     undisturbed: dict[str, bytes],
-    moment: Callable[[Path], bool],
+    moment: tuple[str, int],
     workers: int,
 ) -> None:
-    output = tmp_path / "out"
-    arguments = (
-        "tokenize",
-        "--input",
-        *many_inputs,
-        "--tokenizer",
-        tokenizer,
-        "--output",
-        output,
-        "--backend",
-        "tokenizers",
-        "--unit-bytes",
-        20_000,
-        *SMALL,
-    )
-    process = subprocess.Popen(command(*arguments, "--workers", workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not moment(output / ".tokenize"):
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    output, work = tmp_path / "out", tmp_path / "out" / ".tokenize"
+    arguments = ("tokenize", "--input", *many_inputs, "--tokenizer", tokenizer, "--output", output, "--backend", "tokenizers")
+    arguments = (*arguments, "--unit-bytes", 20_000, *SMALL)
+    killed(stopped(work, *moment, *arguments, "--workers", workers))
     assert not (output / "manifest.json").exists()
-    hashed, tokenized = len(list(output.glob(".tokenize/hash/*.npz"))), len(list(output.glob(".tokenize/tokens/*.npz")))
-    assert 0 < tokenized < 100 if moment is not in_hash_pass else 0 < hashed < 100 and tokenized == 0
-    assert psutil.wait_procs(children, timeout=20)[1] == [], "workers must not outlive a killed parent"
+    hashed, tokenized = len(list(work.glob("hash/*.npz"))), len(list(work.glob("tokens/*.npz")))
+    assert 0 < tokenized < 100 if moment is not IN_HASH_PASS else 0 < hashed < 100 and tokenized == 0
 
-    kept = {path: path.stat().st_mtime_ns for folder in ("hash", "tokens", "shards") for path in output.glob(f".tokenize/{folder}/*.npz")}
-    assert kept
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("*/*.npz")}
     # The second run is killed as well, once it has gone on, to see that it does not start anew.
-    process = subprocess.Popen(command(*arguments, "--workers", 3 - workers), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    while (output / ".tokenize").exists() and len(list(output.glob(".tokenize/*/*.npz"))) <= len(kept) + 1:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()} == (kept if (output / ".tokenize").exists() else {})
+    killed(stopped(work, "*/*.npz", len(kept) + 2, *arguments, "--workers", 3 - workers))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
     result = run(*arguments, "--workers", workers)
     assert result.returncode == 0, result.stderr
@@ -124,12 +86,7 @@ def test_work_files_that_the_machine_lost_are_made_again(
     output = tmp_path / "out"
     arguments = ("tokenize", "--input", *many_inputs, "--tokenizer", tokenizer, "--output", output, "--backend", "tokenizers")
     arguments = (*arguments, "--unit-bytes", 20_000, *SMALL, "--workers", 1)
-    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    while not after_a_shard(output / ".tokenize"):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed(stopped(output / ".tokenize", *AFTER_A_SHARD, *arguments))
     next(output.glob(".tokenize/hash/*.npz")).write_bytes(b"")
     for path in output.glob(".tokenize/tokens/*.validation"):
         path.write_bytes(b"")

@@ -1,7 +1,9 @@
 """A disk that has no room for a checkpoint: told, tried again, and never at the price of one that is there."""
 
 import contextlib
+import errno
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -34,24 +36,42 @@ def _names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def _complete(run: Path) -> list[str]:
+    return [name for name in _names(run) if "." not in name] if (run / "checkpoints").is_dir() else []
+
+
+def _fill(path: Path, nbytes: int) -> None:
+    """As soon as no save under way needs the room."""
+    while True:
+        try:
+            path.write_bytes(bytes(nbytes))
+            return
+        except OSError as error:
+            path.unlink()
+            if error.errno != errno.ENOSPC:
+                raise
+
+
 def test_a_full_disk_is_warned_of_and_used_again_when_there_is_room(shards, tmp_path):
     with tmpfs(tmp_path / "disk", 4 * CHECKPOINT_MIB) as disk:
         run, ballast = disk / "run", disk / "ballast"
-        arguments = ["--data.path", shards, *BATCH, "--train.steps", 240, "--checkpoint.interval", 20, "--checkpoint.keep_last", 1]
-        with training(*arguments, "--checkpoint.max_failures", 1000, "--output_dir", run) as process:
-            _until(process, lambda: (run / "checkpoints").is_dir() and [name.partition("_")[0] for name in _names(run)] == ["step"])
-            # Between two saves: room for less than the one kept and another.
-            ballast.write_bytes(b"0" * int(2.3 * CHECKPOINT_MIB * 2**20))
-            first = max(losses(run))
-            _until(process, lambda: max(losses(run)) > first + 60)
-            kept = [name for name in _names(run) if "." not in name]
+        arguments = ["--data.path", shards, *BATCH, "--checkpoint.interval", 20, "--checkpoint.keep_last", 1, "--output_dir", run]
+        with training(*arguments, "--train.steps", 100_000, "--checkpoint.max_failures", 1000) as process:
+            _until(process, lambda: _complete(run))
+            # Room for less than the one kept and another.
+            _fill(ballast, int(2.3 * CHECKPOINT_MIB * 2**20))
+            _until(process, lambda: "3 of 1000 failures in a row" in process.output)
+            kept = _complete(run)
             ballast.unlink()
+            _until(process, lambda: max(_complete(run)) > kept[0])
+            process.send_signal(signal.SIGUSR1)
             output, _ = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, output
         assert "No space left on device" in output and "1 of 1000 failures in a row; the last complete one is" in output, output
         assert len(kept) == 1 and kept[0] in output
-        assert _names(run) == ["step_00000240"] and sorted(losses(run)) == list(range(1, 241))
-        assert "is complete" in train(*arguments, "--output_dir", run)
+        last = max(losses(run))
+        assert _names(run) == [f"step_{last:08d}"] and sorted(losses(run)) == list(range(1, last + 1))
+        assert "is complete" in train(*arguments, "--train.steps", last, "--allow_change", "train.steps")
 
 
 def test_after_so_many_failures_the_run_stops_in_words_and_can_go_on(shards, tmp_path):

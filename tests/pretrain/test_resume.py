@@ -1,8 +1,10 @@
 """A run that was stopped and started again is the unbroken run, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,13 +59,20 @@ def test_stopped_by_a_signal_and_started_again(case, shards, tmp_path):
     assert [entry["step"] for entry in journal(broken)] == [entry["step"] for entry in journal(straight)]
     _assert_same_state(straight, broken)
 
-    # Stopped by a signal wherever it is then, which also saves between two intervals. torchrun passes SIGTERM on to its
-    # processes, and ends with an error of its own; SIGUSR1 it does not know, so that goes to the processes.
-    signalled, number = tmp_path / "signalled", SIGNALS[case]
-    with started(train_command(*arguments, "--output_dir", signalled)) as process:
-        wait_for_step(process, signalled, 4)
+    # Stopped by a signal, which also saves between two intervals. torchrun passes SIGTERM on to its processes, and ends with an
+    # error of its own; SIGUSR1 it does not know, so that goes to the processes.
+    signalled, number, answered = tmp_path / "signalled", SIGNALS[case], tmp_path / "answered"
+    command = train_command(*arguments, "--output_dir", signalled)
+    command.insert(command.index("pretrain.train"), "tests.pretrain.holding")
+    with started(command, env={"HOLD": f"5,{answered}", "PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        wait_for_step(process, signalled, 5)
         process.send_signal(number) if number is signal.SIGTERM else signal_workers(process, number)
-        output, _ = process.communicate(timeout=300)
+        output = ""
+        for line in process.stdout:
+            output += line
+            if line.startswith(f"{number.name}: finishing"):
+                answered.touch()
+        process.wait()
     assert (process.returncode == 0) is (number is signal.SIGUSR1), output
     assert f"{number.name}: checkpoint saved after step" in output
     assert max(losses(signalled)) < STEPS, "the run had ended before the signal came"

@@ -1,13 +1,14 @@
 """A real training run and a real MLflow server that is killed and started again under it, or that is not there at all."""
 
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pretrain.tracking.__main__ import main as tracking
 from pretrain.tracking.store import connect
+from tests.pretrain.holding import Hold
 from tests.pretrain.launch import losses, train, training, wait_for_step
 from tests.tracking.server import Server
 
@@ -34,15 +35,16 @@ def arguments(shards: Path, run: Path, uri: str, steps: int) -> list[object]:
 
 
 def test_every_step_is_in_mlflow_once_although_the_server_died_twice(server, shards, tmp_path):
-    run = tmp_path / "run"
+    run, hold = tmp_path / "run", Hold(STEPS - 5, tmp_path / "go on")
     server.start()
-    with training(*arguments(shards, run, server.uri, STEPS), "--tracking.drain_timeout_s", 1) as process:
+    with training(*arguments(shards, run, server.uri, STEPS), "--tracking.drain_timeout_s", 1, before=hold) as process:
         wait_for_step(process, run, 5)
         server.kill()
         wait_for_step(process, run, 25)
         server.start()
-        wait_for_step(process, run, STEPS - 15)
+        wait_for_step(process, run, STEPS - 5)
         server.kill()
+        hold.until.touch()
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     server.start()
@@ -88,16 +90,24 @@ def test_a_run_without_a_server_trains_and_is_shipped_later(server, shards, tmp_
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+@dataclass(frozen=True)
+class InTheWay:
+    """A file takes the place of the checkpoints' folder when training begins: no save finds it."""
+
+    path: Path
+
+    def __call__(self, rank: int) -> None:
+        import pretrain.run
+
+        start = pretrain.run.start_tracking
+        pretrain.run.start_tracking = lambda *args: (self.path.write_text("not a directory"), start(*args))[1]
+
+
 def test_a_failure_during_training_is_failed_in_mlflow(shards, tmp_path):
-    copy, run = tmp_path / "shards", tmp_path / "run"
-    shutil.copytree(shards, copy)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     saving = ["--validation.interval", 0, "--checkpoint.interval", 20, "--checkpoint.max_failures", 1]
-    with training(*arguments(copy, run, uri, 400), *saving, processes=1) as process:
-        wait_for_step(process, run, 2)
-        # A save cannot find its directory: the run dies of an error of its own.
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        (run / "checkpoints").write_text("not a directory")
+    with training(*arguments(shards, run, uri, 400), *saving, processes=1, before=InTheWay(run / "checkpoints")) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "NotADirectoryError" in output
+    assert 20 <= max(losses(run)) < 400
     assert connect(uri).get_run((run / "run_id").read_text().strip()).info.status == "FAILED"
