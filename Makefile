@@ -58,7 +58,7 @@ quickstart: install ## corpus -> tokenizer -> shards -> four runs -> report (abo
 test: $(VENV)/.installed-test ## the test suite (under 25 minutes on two cores)
 	@$(PY) -m pytest
 
-test-slurm: $(VENV)/.installed-test ## real jobs on a real Slurm cluster on this machine (about 26 minutes); how fast they went on in slurm.md
+test-slurm: $(VENV)/.installed-test ## real jobs on a real Slurm cluster on this machine (about 30 minutes); how fast they went on in slurm.md
 	@$(PY) -m pytest tests/slurm -m "" --slurm-log slurm.md
 
 test-all: $(VENV)/.installed-test ## all tests: the full product of model variants and layouts too; results in invariance.md, kills.md, slurm.md
