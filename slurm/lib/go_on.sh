@@ -150,6 +150,7 @@ cluster_setting() { timeout 30 scontrol show config | sed -n "s/^$1 *= *//p" | h
 # already. Where all are bad, no node is the cause.
 bad_nodes() {
   local bad before
+  [ -n "${START_DIRECTORY:-}" ] || return 0
   bad=$(paste -sd, "$START_DIRECTORY/preflight/bad" 2>/dev/null || true)
   [ -n "$bad" ] && { [ "$TRAIN_NODES" = 1 ] || [ "$(wc -l <"$START_DIRECTORY/preflight/bad")" -lt "$TRAIN_NODES" ]; } || return 0
   before=$(job_field ExcNodeList)

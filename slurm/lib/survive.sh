@@ -124,11 +124,8 @@ fate() {
 }
 
 # Asked twice where the controller does not answer at first: in doubt a cancelled job would go on. Slurm's KILL comes 30 s after TERM.
-job_line() {
-  local try
-  for try in 1 2; do timeout "$((12 / try))" scontrol -o show job "$(this_job)" && return; done
-  return 0
-}
+job_line() { ask_for_job || ask_for_job || true; }
+ask_for_job() { timeout 12 scontrol -o show job "$(this_job)"; }
 
 # was_preempted LINE: in this start. Slurm may still know of an earlier one's.
 was_preempted() {

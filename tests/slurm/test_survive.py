@@ -117,7 +117,7 @@ def test_preempted_before_training_begins(cluster, shards, database, unbroken, t
     urgent = cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "-o", "/dev/null", "--wrap", "srun true", cwd=tmp_path)
     assert job.wait()["JobState"] == "PREEMPTED" and cluster.wait(urgent, START_S)["JobState"] == "COMPLETED"
     job.id = re.findall(r"goes on in job (\d+)", job.log)[0]
-    job.finish()
+    assert "unbound variable" not in job.finish()
     assert Finished.read(tmp_path).differences(unbroken) == []
 
 
